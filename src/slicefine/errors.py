@@ -1,0 +1,33 @@
+"""The two things slicefine says when something is wrong: an error that stops, a warning that does not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SliceFineError(ValueError):
+    """A rule is broken. The message states the rule, the value received, where, and the fix.
+
+    It is a `ValueError`, as PEFT and transformers raise for a wrong setting, so existing handlers see it.
+    """
+
+
+class SliceFineWarning(UserWarning):
+    """Something will go on, but probably not as the user means it."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'row'?"`` for the nearest of `known`, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def raise_all(problems: list[str], where: str) -> None:
+    """Raise one `SliceFineError` that lists every problem found in `where`; do nothing if there is none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise SliceFineError(f"{where}: {problems[0]}")
+    lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+    raise SliceFineError(f"{where}: {len(problems)} problems\n{lines}")

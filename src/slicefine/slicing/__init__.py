@@ -1,0 +1,22 @@
+"""Slices, positions and counts. Pure Python: no torch here."""
+
+from slicefine.slicing.budget import ParameterCounts, active_size, artifact_size, touched_size
+from slicefine.slicing.geometry import COLUMN, ROW, SLICE_AXES, Region, Shape, Slice
+from slicefine.slicing.schedule import ALTERNATE, AXES, ORDERS, Schedule
+
+__all__ = [
+    "ALTERNATE",
+    "AXES",
+    "COLUMN",
+    "ORDERS",
+    "ROW",
+    "SLICE_AXES",
+    "ParameterCounts",
+    "Region",
+    "Schedule",
+    "Shape",
+    "Slice",
+    "active_size",
+    "artifact_size",
+    "touched_size",
+]

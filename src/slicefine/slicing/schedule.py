@@ -1,0 +1,115 @@
+"""Where the slice of a weight is after a number of optimizer steps.
+
+The position is a pure function of (schedule, shape of the weight, step): no state, so a resumed run needs the step
+alone, every process of a distributed run agrees without talking, and weights whose sliced dimension is equal move
+together. The paper gives the interval (about 500 steps) and the alternation; start (index 0), stride (one width),
+wrap-around after full coverage and the order of positions are our choices.
+
+A dimension of size d is cut into `ceil(d / r)` blocks of width r. If r does not divide d, the last block is moved back
+so that it is full; it then overlaps its neighbour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+from slicefine.errors import did_you_mean
+from slicefine.slicing.geometry import COLUMN, ROW, Shape, Slice
+
+ALTERNATE = "alternate"
+AXES = (ROW, COLUMN, ALTERNATE)
+ORDERS = ("sweep", "random")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """The settings that decide every position.
+
+    Fields are not checked here, so that `problems` can list all that is wrong at once.
+    """
+
+    r: int
+    """Rank: rows or columns in a slice."""
+    axis: str
+    """`"row"`, `"column"`, or `"alternate"` (row, column, row, ...)."""
+    slide_every: int | None
+    """Optimizer steps per position; None = the slice never moves (RoCoFT)."""
+    order: str
+    """`"sweep"` (adjacent blocks) or `"random"` (all blocks once, in a new seeded order on every pass)."""
+    seed: int
+    """Seed of the random order."""
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the settings, one sentence each; empty if nothing is."""
+        found = []
+        if not _is_int(self.r) or self.r < 1:
+            found.append(f"`r` is the number of rows or columns in a slice, a whole number of at least 1; got {self.r!r}.")
+        if self.axis not in AXES:
+            found.append(f"`axis` is one of {', '.join(AXES)}; got {self.axis!r}.{did_you_mean(self.axis, AXES)}")
+        if self.slide_every is not None and (not _is_int(self.slide_every) or self.slide_every < 1):
+            found.append(
+                "`slide_every` is a whole number of optimizer steps of at least 1, or None for a slice that never "
+                f"moves; got {self.slide_every!r}."
+            )
+        if self.order not in ORDERS:
+            found.append(f"`order` is one of {', '.join(ORDERS)}; got {self.order!r}.{did_you_mean(self.order, ORDERS)}")
+        if not _is_int(self.seed):
+            found.append(f"`seed` is a whole number; got {self.seed!r}.")
+        return found
+
+    def moves(self, step: int) -> int:
+        """Number of moves made in the first `step` optimizer steps."""
+        return 0 if self.slide_every is None else step // self.slide_every
+
+    def slice_at(self, step: int, shape: Shape) -> Slice:
+        """The slice that optimizer step number `step` (counted from 0) trains in a weight of `shape`."""
+        return self._placement(self.moves(step), shape)
+
+    def touched(self, step: int, shape: Shape) -> list[Slice]:
+        """The distinct slices that the first `step` optimizer steps train, in the order of their first training."""
+        if step <= 0:
+            return []
+        placements = self.moves(step - 1) + 1
+        full_coverage = len(self._cycle()) * max(self._blocks(axis, shape) for axis in self._cycle())
+        return list(dict.fromkeys(self._placement(k, shape) for k in range(min(placements, full_coverage))))
+
+    def widest(self, shape: Shape) -> Shape:
+        """`(width, length)` of the smallest matrix that can hold the slice of a weight of `shape` at any step."""
+        pieces = [(min(self.r, shape[dim]), shape[1 - dim]) for dim in map((ROW, COLUMN).index, self._cycle())]
+        return max(width for width, _ in pieces), max(length for _, length in pieces)
+
+    def _cycle(self) -> tuple[str, ...]:
+        return (ROW, COLUMN) if self.axis == ALTERNATE else (self.axis,)
+
+    def _blocks(self, axis: str, shape: Shape) -> int:
+        dimension = shape[0] if axis == ROW else shape[1]
+        return -(-dimension // min(self.r, dimension))
+
+    def _placement(self, move: int, shape: Shape) -> Slice:
+        cycle = self._cycle()
+        axis = cycle[move % len(cycle)]
+        visit = move // len(cycle)
+        dimension = shape[0] if axis == ROW else shape[1]
+        width = min(self.r, dimension)
+        blocks = self._blocks(axis, shape)
+        turn, position = divmod(visit, blocks)
+        block = position if self.order == "sweep" else _shuffled(self.seed, dimension, width, turn)[position]
+        return Slice(axis, min(block * width, dimension - width), width)
+
+
+@lru_cache(maxsize=1024)
+def _shuffled(seed: int, dimension: int, width: int, turn: int) -> tuple[int, ...]:
+    """The order of the blocks on pass number `turn`.
+
+    Sorting by a hash, and not `random.shuffle`, because saved adapters rely on it: Python does not promise that its
+    shuffle stays the same from version to version. The axis is left out, so rows of one weight and columns of another
+    move together where the dimension is the same.
+    """
+    blocks = range(-(-dimension // width))
+    return tuple(sorted(blocks, key=lambda b: hashlib.sha256(f"{seed}/{dimension}/{width}/{turn}/{b}".encode()).digest()))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,119 @@
+"""`SliceFineConfig`: the settings of an adapter, and what a saved adapter says of itself."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from slicefine.errors import did_you_mean, raise_all
+from slicefine.slicing import Schedule
+from slicefine.tuner import artifact
+
+BIASES = ("none", "slicefine_only")
+ALL_LINEAR = "all-linear"
+
+
+class SliceFineType(str, enum.Enum):
+    """PEFT's name for the method. A `str` enum like PEFT's own: transformers' loader asks for its `.value`."""
+
+    SLICEFINE = "SLICEFINE"
+
+
+@dataclass
+class SliceFineConfig(PeftConfig):
+    """Train one sliding slice of every targeted weight (SliceFine, ICML 2026).
+
+    Raises `SliceFineError` that lists all problems at once.
+
+    Args:
+        r: Rank: rows or columns in a slice.
+        axis: `"row"` (output features), `"column"` (input features) or `"alternate"` (row, column, row, ...).
+        slide_every: Optimizer steps per position; None = the slice never moves (RoCoFT).
+        order: `"sweep"` (adjacent blocks) or `"random"` (all blocks once, in a new seeded order on every pass).
+        seed: Seed of the random order.
+        target_modules: Names or suffixes of the `nn.Linear` layers to train, a regular expression, or `"all-linear"`: all but
+            the output head.
+        exclude_modules: Names, suffixes or a regular expression of layers to leave alone.
+        layers_to_transform: Index or indices of the blocks to train; all if None.
+        layers_pattern: Name of the list of blocks that `layers_to_transform` counts in, e.g. `"layers"`.
+        modules_to_save: Modules to train in full and save with the adapter, e.g. a new classifier head.
+        bias: `"none"`, or `"slicefine_only"`: the biases of targeted layers are trained in full.
+        init_weights: False adds noise to the first slice. For tests only.
+        step: Set by saving: optimizer steps made. Decides the shapes in the file.
+        fingerprints: Set by saving: per target, digests of the base's original bytes in the touched rows and columns.
+        digest: Set by saving: digest of the saved values.
+    """
+
+    r: int = field(default=1, metadata={"help": "Rank: rows or columns in a slice."})
+    axis: str = field(default="alternate", metadata={"help": "row, column or alternate."})
+    slide_every: int | None = field(
+        default=500, metadata={"help": "Optimizer steps per position; None = the slice never moves."}
+    )
+    order: str = field(default="sweep", metadata={"help": "sweep or random."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random order."})
+    target_modules: list[str] | str | None = field(
+        default=ALL_LINEAR, metadata={"help": "Names, suffixes or a regular expression of layers, or all-linear."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, suffixes or a regular expression of layers to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Index or indices of the blocks to train; all if None."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks that layers_to_transform counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train in full and save with the adapter."}
+    )
+    bias: str = field(default="none", metadata={"help": "none or slicefine_only."})
+    init_weights: bool = field(default=True, metadata={"help": "False adds noise to the first slice. For tests only."})
+    step: int = field(default=0, metadata={"help": "Set by saving: optimizer steps made."})
+    fingerprints: dict[str, str] | None = field(
+        default=None, metadata={"help": "Set by saving: digests of the base's original bytes."}
+    )
+    digest: str | None = field(default=None, metadata={"help": "Set by saving: digest of the saved values."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SliceFineType.SLICEFINE  # pyright: ignore[reportAttributeAccessIssue] -- PEFT's enum is closed
+        problems = self.schedule.problems()
+        if self.bias not in BIASES:
+            problems.append(f"`bias` is one of {', '.join(BIASES)}; got {self.bias!r}.{did_you_mean(self.bias, BIASES)}")
+        if self.target_modules is None or not len(self.target_modules):
+            problems.append(f"`target_modules` names the layers to train; got {self.target_modules!r}. Use {ALL_LINEAR!r}.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            problems.append(
+                f"`layers_pattern` says where `layers_to_transform` counts; got layers_pattern={self.layers_pattern!r} "
+                "alone. Give both or neither."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None and self.target_modules != ALL_LINEAR:
+            problems.append(
+                "`layers_to_transform` works with a list of names; with a regular expression, put the indices into the "
+                f"expression; got target_modules={self.target_modules!r}."
+            )
+        if not isinstance(self.step, int) or self.step < 0:
+            problems.append(f"`step` counts optimizer steps and is written by saving; got {self.step!r}. Leave it alone.")
+        raise_all(problems, "SliceFineConfig")
+
+    @property
+    def schedule(self) -> Schedule:
+        """The part of the settings that decides every position."""
+        return Schedule(r=self.r, axis=self.axis, slide_every=self.slide_every, order=self.order, seed=self.seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with sets in sorted order, so that saving twice writes the same file."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> SliceFineConfig:
+        """As PEFT's. An adapter in a local folder is checked as a whole here, before anything touches the model.
+
+        Raises `SliceFineError` if the folder's weights are missing, truncated, altered or not in safetensors format.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        artifact.check_folder(pretrained_model_name_or_path, subfolder, config.digest)
+        return config

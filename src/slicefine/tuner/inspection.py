@@ -1,0 +1,106 @@
+"""Looking into a model: where its slices are, what they have touched, how much is trained."""
+
+from __future__ import annotations
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from slicefine.errors import SliceFineError
+from slicefine.slicing import ParameterCounts, Slice, active_size, touched_size
+from slicefine.tuner.artifact import PEFT_ROOT, agree_on_step
+from slicefine.tuner.layer import SliceLinear
+
+
+def active_slices(model: nn.Module) -> dict[str, Slice]:
+    """Target name -> the slice that the next optimizer step trains.
+
+    Names are those of the base model. Targets of the active adapter only; none while adapters are disabled.
+    Raises `SliceFineError` if `model` has no slicefine layer.
+    """
+    return {name: layer.slicefine_state[adapter].active for name, layer, adapter in _tuned(model)}
+
+
+def touched_slices(model: nn.Module) -> dict[str, list[Slice]]:
+    """Target name -> the distinct slices that optimizer steps have trained, in the order of their first training."""
+    found = {}
+    for name, layer, adapter in _tuned(model):
+        state = layer.slicefine_state[adapter]
+        found[name] = state.schedule.touched(state.step, layer.shape)
+    return found
+
+
+def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCounts:
+    """Exact counts from the real shapes; the authority where other counts differ.
+
+    PEFT's `print_trainable_parameters` counts the parameters that hold the slices: with `axis="alternate"` these are as long
+    as the longer side of a weight and partly unused.
+
+    Args:
+        model: A model with slicefine layers, as a `PeftModel` or with the adapter injected.
+        steps: Length of the run in optimizer steps, for `planned`.
+    """
+    active = touched = planned = 0
+    masters: set[int] = set()
+    for _, layer, adapter in _tuned(model):
+        state = layer.slicefine_state[adapter]
+        bias = layer.slicefine_bias[adapter].numel() if adapter in layer.slicefine_bias else 0
+        active += active_size(state.schedule, layer.shape, state.step) + bias
+        touched += touched_size(state.schedule, layer.shape, state.step) + (bias if state.step else 0)
+        planned += touched_size(state.schedule, layer.shape, steps or 0) + (bias if steps else 0)
+    for module in model.modules():
+        if isinstance(module, SliceLinear):
+            masters |= {id(p) for name in module.adapter_layer_names for p in getattr(module, name).parameters()}
+    heads = {id(p): p for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters() if p.requires_grad}
+    replaced = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()} - {
+        id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.original_module.parameters()
+    }
+    total = sum(p.numel() for p in model.parameters() if id(p) not in masters | replaced)
+    return ParameterCounts(
+        active=active,
+        touched=touched,
+        planned=None if steps is None else planned,
+        added=0,
+        total=total,
+        modules_to_save=sum(p.numel() for p in heads.values()),
+    )
+
+
+def optimizer_steps(model: nn.Module) -> int:
+    """Optimizer steps that the active adapter has made. Raises `SliceFineError` if its layers differ."""
+    return agree_on_step(layer.slicefine_state[adapter].step for _, layer, adapter in _tuned(model))
+
+
+def update_norms(model: nn.Module) -> dict[str, float]:
+    """Target name -> how far its active slice has moved from its original values: `||now - original|| / ||original||`."""
+    norms = {}
+    for name, layer, adapter in _tuned(model):
+        active = layer.slicefine_state[adapter].active
+        indices = tuple(active.indices)
+        now = layer.trained_values(adapter, active.axis, indices).float()
+        original = layer.original_values(adapter, active.axis, indices).float()
+        norms[name] = float((now - original).norm() / original.norm().clamp_min(torch.finfo(torch.float32).tiny))
+    return norms
+
+
+def unmoved(model: nn.Module) -> list[str]:
+    """Targets that optimizer steps have trained, and whose touched rows and columns are still the original bytes."""
+    still = []
+    for name, layer, adapter in _tuned(model):
+        region = layer.region(adapter)
+        pairs = [(axis, region.along(axis)) for axis in ("row", "column") if region.along(axis)]
+        if pairs and all(
+            torch.equal(layer.trained_values(adapter, *pair), layer.original_values(adapter, *pair)) for pair in pairs
+        ):
+            still.append(name)
+    return still
+
+
+def _tuned(model: nn.Module) -> list[tuple[str, SliceLinear, str]]:
+    layers = [(name.removeprefix(PEFT_ROOT), m) for name, m in model.named_modules() if isinstance(m, SliceLinear)]
+    if not layers:
+        raise SliceFineError(
+            f"The model has no slicefine layer; got a {type(model).__name__}. Attach one with "
+            "`get_peft_model(model, SliceFineConfig())`, or pass the model before `merge_and_unload`."
+        )
+    return [(name, layer, layer.installed) for name, layer in layers if layer.installed is not None]

@@ -1,0 +1,337 @@
+"""A linear layer that trains one slice of its weight, as a PEFT tuner layer.
+
+The base layer's weight always holds the values that the next forward pass is to use. Which values those are is settled in
+one place, `_settle`: those of the active adapter, or the original ones while adapters are disabled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from slicefine.errors import SliceFineError
+from slicefine.kernel import slice_linear, vectors
+from slicefine.slicing import Region, Schedule, Shape, Slice
+from slicefine.tuner import sliding
+from slicefine.tuner.originals import Originals
+
+
+@dataclass
+class AdapterState:
+    """What a layer knows of one adapter beside its parameters."""
+
+    schedule: Schedule
+    active: Slice
+    """The slice that the next optimizer step trains."""
+    step: int = 0
+    """Optimizer steps that have trained this layer's slices."""
+    originals: Originals = field(default_factory=Originals)
+    """The other version of the covered rows and columns."""
+    bias: Tensor | None = None
+    """The other version of the bias, `(d_out,)`, CPU, base dtype; None if it is not trained."""
+
+
+class MasterDict(nn.ParameterDict):
+    """Parameters that stay at least fp32 when the model is cast: the optimizer's updates would drown in bf16."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = tensor.is_floating_point() and moved.dtype.itemsize < min(4, tensor.dtype.itemsize)
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(keep_wide, recurse)
+
+
+def present_values(weight: Tensor, axis: str, indices: tuple[int, ...]) -> Tensor:
+    """Rows or columns of `weight` `(d_out, d_in)` as they are now, `(len(indices), length)`, on the CPU."""
+    index = torch.tensor(indices, dtype=torch.int64, device=weight.device)
+    return vectors(weight.detach(), axis).index_select(0, index).cpu()
+
+
+class SliceLinear(nn.Module, BaseTunerLayer):
+    """An `nn.Linear` of which one slice per adapter is trained."""
+
+    adapter_layer_names = ("slicefine_weight", "slicefine_bias")
+    other_param_names = ("slicefine_index", "slicefine_state")
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.slicefine_weight = MasterDict()
+        self.slicefine_bias = MasterDict()
+        self.slicefine_index = BufferDict(persistent=False)
+        self.slicefine_state: dict[str, AdapterState] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self._installed: str | None = None
+        sliding.watch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and unpickled layers are watched as well."""
+        super().__setstate__(state)
+        sliding.watch(self)
+
+    @property
+    def shape(self) -> Shape:
+        """`(d_out, d_in)` of the weight."""
+        return self.out_features, self.in_features
+
+    @property
+    def installed(self) -> str | None:
+        """The adapter whose values the weight holds, or None if it holds the original ones."""
+        return self._installed
+
+    # ------------------------------------------------------------------ adapters come and go
+
+    def add(self, adapter: str, schedule: Schedule, *, train_bias: bool, perturb: bool) -> None:
+        """Give the layer an adapter whose slice is at its first position. The weight does not change.
+
+        `perturb` adds noise to the slice, as if one optimizer step had been made: PEFT's `init_weights=False`, for tests.
+        """
+        shown = self._installed
+        self._show(None)
+        weight = self._weight
+        width, length = schedule.widest(self.shape)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.slicefine_weight[adapter] = nn.Parameter(torch.zeros(width, length, dtype=dtype, device=weight.device))
+        active = schedule.slice_at(0, self.shape)
+        state = self.slicefine_state[adapter] = AdapterState(schedule, active)
+        index = torch.zeros(active.width, dtype=torch.int64, device=weight.device)
+        self.slicefine_index[adapter] = index
+        if train_bias and self.base_layer.bias is not None:
+            self.slicefine_bias[adapter] = nn.Parameter(self.base_layer.bias.detach().to(dtype, copy=True))
+            state.bias = self.base_layer.bias.detach().cpu().clone()
+        self._occupy(adapter, active)
+        if perturb:
+            master = self.slicefine_weight[adapter]
+            with torch.no_grad():
+                master += torch.randn_like(master) * weight.detach().to(dtype).std()
+            self._show(adapter)
+            self.write_back(adapter)
+            state.step = 1
+            if schedule.slice_at(1, self.shape) != active:
+                self.slide(adapter)
+        self._show(shown)
+
+    def load(self, adapter: str, *, step: int, master: Tensor, values: dict[str, Tensor], bias: Tensor | None) -> None:
+        """Make `adapter` what a saved one was: everything it has trained since then is forgotten.
+
+        Args:
+            step: optimizer steps made when it was saved.
+            master: fp32, `(width, length)` of the slice that is active at `step`.
+            values: `"row"` -> `(rows, d_in)`, `"column"` -> `(columns, d_out)`: final values of what was touched.
+            bias: fp32, `(d_out,)`, or None if the adapter trains no bias.
+        """
+        self._show(None)
+        state = self.slicefine_state[adapter]
+        state.originals, state.step = Originals(), step
+        for piece in state.schedule.touched(step, self.shape):
+            state.originals.keep(self._weight, piece)
+        self._installed = adapter
+        region = self.region(adapter)
+        with torch.no_grad():
+            for axis, trained in values.items():
+                index = torch.tensor(region.along(axis), dtype=torch.int64, device=self._weight.device)
+                vectors(self._weight, axis).index_copy_(0, index, trained.to(self._weight))
+            if bias is not None and self.base_layer.bias is not None:
+                state.bias = self.base_layer.bias.detach().cpu().clone()
+                self.slicefine_bias[adapter].copy_(bias)
+                self.base_layer.bias.copy_(bias)
+        self._occupy(adapter, state.schedule.slice_at(step, self.shape))
+        with torch.no_grad():
+            self._in_use(adapter).copy_(master)
+        self._settle()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if self._installed == adapter_name:
+            self._show(None)
+        super().delete_adapter(adapter_name)
+        self._settle()
+
+    # ------------------------------------------------------------------ which values the weight holds
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise SliceFineError(
+                f"One slicefine adapter is active at a time, because each puts its values into the same weights; got {names}. "
+                "Activate one, or merge one first and train the next on the merged model."
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+        self._settle()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+        self._settle()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Let the layer work as the plain linear layer it would be after export. The weight holds the values already.
+
+        `safe_merge` changes nothing: values that are not finite are always refused.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        if not names:
+            return
+        if len(names) > 1 or self.merged:
+            raise SliceFineError(f"One slicefine adapter is merged at a time; got {self.merged_adapters + names}. Unmerge first.")
+        if names[0] not in self.slicefine_weight:
+            return
+        self._show(names[0])
+        self.merged_adapters = names
+
+    def unmerge(self) -> None:
+        """Back to the adapted, trainable state."""
+        self.merged_adapters = []
+        self._settle()
+
+    def withdraw(self) -> None:
+        """Put the original bytes back into the weight and the bias."""
+        self._show(None)
+
+    def _settle(self) -> None:
+        wanted = self.merged_adapters or ([] if self.disable_adapters else self.active_adapters)
+        self._show(wanted[0] if wanted and wanted[0] in self.slicefine_weight else None)
+
+    def _show(self, adapter: str | None) -> None:
+        """Make the weight and the bias hold the values of `adapter`, or the original ones."""
+        if adapter == self._installed:
+            return
+        for name in (self._installed, adapter):
+            if name is not None:
+                self._exchange(self.slicefine_state[name])
+        self._installed = adapter
+
+    def _exchange(self, state: AdapterState) -> None:
+        state.originals.exchange(self._weight)
+        if state.bias is not None:
+            bias = self.base_layer.bias
+            present = bias.detach().cpu().clone()
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(bias):
+                bias.copy_(state.bias)
+            state.bias = present
+
+    # ------------------------------------------------------------------ training
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self._installed
+        if adapter is None or self.merged or not torch.is_grad_enabled() or not self.slicefine_weight[adapter].requires_grad:
+            return self.base_layer(x, *args, **kwargs)
+        if args or kwargs:
+            raise SliceFineError(
+                f"{type(self).__name__} is called with the input alone while it trains; got {len(args)} more arguments "
+                f"and {sorted(kwargs)}. Mixed batches of several adapters are not supported."
+            )
+        if self._weight.requires_grad:
+            raise SliceFineError(
+                "A weight is trained by its slice or as a whole, not both: the base weight of this layer "
+                f"({self.out_features} x {self.in_features}) has requires_grad=True. Set it to False, or exclude the layer "
+                "with `exclude_modules`."
+            )
+        return slice_linear(
+            x,
+            self._weight,
+            self.base_layer.bias,
+            self.slicefine_weight[adapter],
+            self.slicefine_index[adapter],
+            self.slicefine_state[adapter].active.axis,
+            self.slicefine_bias[adapter] if adapter in self.slicefine_bias else None,
+        )
+
+    def pending_writes(self, adapter: str) -> list[tuple[Tensor, Tensor]]:
+        """`(destination, source)` pairs that bring what the optimizer did to the master into the weight and the bias."""
+        active = self.slicefine_state[adapter].active
+        pairs = [(vectors(self._weight.detach(), active.axis)[active.start : active.stop], self._in_use(adapter))]
+        if adapter in self.slicefine_bias:
+            pairs.append((self.base_layer.bias.detach(), self.slicefine_bias[adapter].detach()))
+        return pairs
+
+    def write_back(self, adapter: str) -> None:
+        """Bring what the optimizer did to the master into the weight and the bias."""
+        for destination, source in self.pending_writes(adapter):
+            destination.copy_(source)
+
+    def slide(self, adapter: str) -> None:
+        """Freeze the active slice with what it has learned and go to where the schedule wants to be."""
+        state = self.slicefine_state[adapter]
+        self._occupy(adapter, state.schedule.slice_at(state.step, self.shape))
+
+    def _occupy(self, adapter: str, piece: Slice) -> None:
+        """Make `piece` the active slice: keep its originals, load the master, point the index at it."""
+        state = self.slicefine_state[adapter]
+        state.originals.keep(self._weight, piece)
+        state.active = piece
+        with torch.no_grad():
+            index = torch.arange(piece.start, piece.stop)
+            buffer = self.slicefine_index[adapter]
+            if buffer.shape == index.shape:
+                buffer.copy_(index)
+            else:  # `alternate` on a weight narrower than `r` along one axis
+                self.slicefine_index[adapter] = index.to(buffer.device)
+            self.slicefine_weight[adapter].zero_()
+            self._in_use(adapter).copy_(vectors(self._weight, piece.axis)[piece.start : piece.stop])
+
+    def _in_use(self, adapter: str) -> Tensor:
+        """The part of the master that holds the active slice, `(width, length)`. A view."""
+        active = self.slicefine_state[adapter].active
+        return self.slicefine_weight[adapter].detach()[: active.width, : self.shape[1 - active.dim]]
+
+    # ------------------------------------------------------------------ reading
+
+    def master(self, adapter: str) -> Tensor:
+        """The fp32 values of the active slice, `(width, length)`."""
+        return self._in_use(adapter)
+
+    def region(self, adapter: str) -> Region:
+        """The rows and columns that optimizer steps have trained so far."""
+        state = self.slicefine_state[adapter]
+        return Region.of(state.schedule.touched(state.step, self.shape))
+
+    def trained_values(self, adapter: str, axis: str, indices: tuple[int, ...]) -> Tensor:
+        """Current values of touched rows or columns of `adapter`, `(len(indices), length)`, CPU, base dtype."""
+        return self._values(adapter, axis, indices, trained=True)
+
+    def original_values(self, adapter: str, axis: str, indices: tuple[int, ...]) -> Tensor:
+        """Original values of touched rows or columns of `adapter`, `(len(indices), length)`, CPU, base dtype."""
+        return self._values(adapter, axis, indices, trained=False)
+
+    def _values(self, adapter: str, axis: str, indices: tuple[int, ...], *, trained: bool) -> Tensor:
+        installed = self._installed == adapter
+        if trained != installed and indices:
+            return self.slicefine_state[adapter].originals.pick(axis, indices)
+        return self._present(axis, indices) if installed else self.base_values(axis, indices)
+
+    def base_values(self, axis: str, indices: tuple[int, ...]) -> Tensor:
+        """Rows or columns of the weight as it is without any adapter, `(len(indices), length)`, CPU, base dtype."""
+        shown = self._installed
+        self._show(None)
+        values = self._present(axis, indices)
+        self._show(shown)
+        return values
+
+    def _present(self, axis: str, indices: tuple[int, ...]) -> Tensor:
+        return present_values(self._weight, axis, indices)
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move, but never cast: masters are fp32 whatever the base is."""
+        target = device if device is not None else self._weight.device
+        for parameters in (self.slicefine_weight, self.slicefine_bias):
+            if adapter_name in parameters:
+                parameters[adapter_name].data = parameters[adapter_name].data.to(target)
+        if adapter_name in self.slicefine_index:
+            self.slicefine_index[adapter_name] = self.slicefine_index[adapter_name].to(target)
+
+    def __repr__(self) -> str:
+        return "slicefine." + super().__repr__()

@@ -1,0 +1,248 @@
+"""`SliceFineModel`: the tuner that PEFT puts around a base model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from peft.peft_model import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
+from slicefine.slicing import ALTERNATE
+from slicefine.tuner import artifact, targets
+from slicefine.tuner.config import SliceFineConfig
+from slicefine.tuner.layer import SliceLinear, present_values
+
+
+class SliceFineModel(BaseTuner):
+    """A base model whose targeted linear layers train one sliding slice each.
+
+    Args:
+        model: The base model, changed in place.
+        config: A `SliceFineConfig`, or a dictionary from adapter name to config, as PEFT passes it.
+        adapter_name: Name of the adapter.
+    """
+
+    prefix: str = artifact.PREFIX
+    tuner_layer_cls = SliceLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 -- PEFT's class attribute; unused, targets have a default
+
+    # ------------------------------------------------------------------ attaching
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, after every check that can be made: a refused adapter leaves the model as it was.
+
+        Raises `SliceFineError` that lists all problems at once, before the first layer is replaced.
+        """
+        # The adapter owns its configuration: saving writes into it, and the user may attach the same object elsewhere.
+        config = copy.deepcopy(self.peft_config[adapter_name])
+        assert isinstance(config, SliceFineConfig)
+        found = targets.find_targets(model, config)
+        problems = targets.find_problems(model, config)
+        if not problems and config.fingerprints is not None:
+            problems = _base_problems(found, config)
+        raise_all(problems, f"Adapter {adapter_name!r} cannot be attached")
+        _warn_of_adjustments(config, found)
+        self.peft_config[adapter_name] = config
+        if not _layers(model):
+            self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        peft_config: SliceFineConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(layer, SliceLinear):
+            assert isinstance(target, nn.Linear)
+            layer = SliceLinear(target)
+            self._replace_module(parent, target_name, layer, target)
+        layer.add(
+            adapter_name,
+            peft_config.schedule,
+            train_bias=peft_config.bias != "none",
+            perturb=not peft_config.init_weights,
+        )
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        # PEFT unfreezes the base biases; here a bias is trained through an fp32 master like the slices.
+        for layer in _layers(model).values():
+            if layer.base_layer.bias is not None:
+                layer.base_layer.bias.requires_grad = False
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's, without its warning: trained biases are put back as well, so the output is the base model's."""
+        self._enable_adapter_layers(enabled=False)
+
+    # ------------------------------------------------------------------ merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        _refuse_unfinite(self.model, adapter_names or self.active_adapters)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            _refuse_unfinite(self.model, adapter_names or self.active_adapters)
+        else:
+            for module in self.model.modules():
+                if isinstance(module, SliceLinear):
+                    module.withdraw()
+                elif isinstance(module, AuxiliaryTrainingWrapper):
+                    module.set_adapter([])  # PEFT would hand out the trained head with the original weights
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _leave_nothing_behind(self) -> None:
+        """Undo attaching, down to which parameters of the base model were trainable."""
+        self.unload()
+        for parameter in self._trainable_before:
+            parameter.requires_grad = True
+
+    # ------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SliceFineConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The artifact, taken from the layers. What describes it goes into `config`, which PEFT saves next."""
+        layers = _layers(model, adapter_name)
+        tensors: dict[str, Tensor] = {}
+        fingerprints = {}
+        for name, layer in layers.items():
+            region = layer.region(adapter_name)
+            saved = artifact.LayerValues(
+                step=layer.slicefine_state[adapter_name].step,
+                master=layer.master(adapter_name),
+                values={axis: layer.trained_values(adapter_name, axis, region.along(axis)) for axis in artifact.SLICE_AXES},
+                bias=layer.slicefine_bias[adapter_name].detach() if adapter_name in layer.slicefine_bias else None,
+            )
+            tensors |= {f"{name}.{part}": tensor for part, tensor in saved.tensors().items()}
+            fingerprints[name.removeprefix(artifact.PEFT_ROOT)] = artifact.fingerprint(
+                region, lambda axis, indices, layer=layer: layer.original_values(adapter_name, axis, indices)
+            )
+        config.step = artifact.agree_on_step(layer.slicefine_state[adapter_name].step for layer in layers.values())
+        config.fingerprints = fingerprints
+        config.digest = artifact.digest_of(tensors)
+        return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key if artifact.is_ours(key) else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SliceFineConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Load the artifact into the layers, or refuse it as a whole; hand the rest to PEFT."""
+        layers = {name.removeprefix(artifact.PEFT_ROOT): layer for name, layer in _layers(model, adapter_name).items()}
+        ours = {key: tensor for key, tensor in state_dict.items() if artifact.is_ours(key)}
+        wanted = {name: (layer.shape, adapter_name in layer.slicefine_bias) for name, layer in layers.items()}
+        try:
+            parsed = artifact.parse(ours, wanted, config.schedule)
+        except SliceFineError:
+            if config.fingerprints is not None and isinstance(model, PeftModel) and len(model.peft_config) == 1:
+                model.base_model._leave_nothing_behind()  # the adapter was attached for this file alone
+            raise
+        for name, values in parsed.items():
+            layers[name].load(
+                adapter_name, step=values.step, master=values.master, values=values.values, bias=values.bias
+            )
+        rest = {key: tensor for key, tensor in state_dict.items() if not artifact.is_ours(key)}
+        # PEFT reports parameters that a file did not hold; these are loaded.
+        for name, layer in _layers(model, adapter_name).items():
+            rest[f"{name}.slicefine_weight.{adapter_name}"] = layer.slicefine_weight[adapter_name].detach()
+            if adapter_name in layer.slicefine_bias:
+                rest[f"{name}.slicefine_bias.{adapter_name}"] = layer.slicefine_bias[adapter_name].detach()
+        return rest
+
+
+def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, SliceLinear]:
+    """The tuner layers of `model` by name; those that have `adapter_name`, if it is given."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SliceLinear) and (adapter_name is None or adapter_name in module.slicefine_weight)
+    }
+
+
+def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list[str]:
+    """Targets whose original values are not those that a saved adapter was trained on."""
+    assert config.fingerprints is not None
+    problems = []
+    for name, module in found.items():
+        expected = config.fingerprints.get(name)
+        if expected is None:
+            problems.append(f"{name}: the saved adapter has nothing for it. Load it with the targets it was saved with.")
+            continue
+        if isinstance(module, SliceLinear):
+            shape, read = module.shape, module.base_values
+        else:
+            assert isinstance(module, nn.Linear)
+            shape = module.out_features, module.in_features
+            read = lambda axis, indices, weight=module.weight: present_values(weight, axis, indices)  # noqa: E731
+        region = artifact.Region.of(config.schedule.touched(config.step, shape))
+        problem = artifact.fingerprint_problem(name, expected, artifact.fingerprint(region, read))
+        if problem:
+            problems.append(problem)
+    problems += [f"{name}: the saved adapter trains it, this model has no such layer." for name in config.fingerprints.keys() - found.keys()]
+    return problems
+
+
+def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, nn.Module]) -> None:
+    narrow = targets.clamped(found, config)
+    if narrow and config.fingerprints is None:
+        listed = ", ".join(f"{name} {shape}" for name, shape in narrow.items())
+        warnings.warn(
+            f"r={config.r} is more than some weights have rows or columns; their slices are as wide as the weight: {listed}.",
+            SliceFineWarning,
+            stacklevel=2,
+        )
+    if config.axis == ALTERNATE and config.slide_every is None and config.fingerprints is None:
+        warnings.warn(
+            "axis='alternate' changes the axis at every move, and slide_every=None never moves: only rows will be trained. "
+            "Set axis='row' or axis='column', or a number of steps for slide_every.",
+            SliceFineWarning,
+            stacklevel=2,
+        )
+
+
+def _refuse_unfinite(model: nn.Module, adapter_names: list[str]) -> None:
+    """Raise if a merge would leave NaN or Inf in the model; before the first layer is merged."""
+    bad = []
+    for name, layer in _layers(model).items():
+        for adapter in adapter_names:
+            if adapter in layer.slicefine_weight:
+                region = layer.region(adapter)
+                values = [layer.trained_values(adapter, axis, region.along(axis)) for axis in artifact.SLICE_AXES]
+                if adapter in layer.slicefine_bias:
+                    values.append(layer.slicefine_bias[adapter].detach())
+                if not all(bool(torch.isfinite(tensor).all()) for tensor in values):
+                    bad.append(name)
+    if bad:
+        raise SliceFineError(
+            f"Only finite values are merged; {len(bad)} layers have NaN or Inf in what was trained: {', '.join(bad[:5])}"
+            f"{', ...' if len(bad) > 5 else ''}. Nothing was merged. Train again with a lower learning rate or gradient clipping, or "
+            "`unload()` to get the base model back."
+        )

@@ -1,0 +1,166 @@
+"""Which layers an adapter trains, and whether it can: everything that can be wrong is found before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from slicefine.errors import did_you_mean
+from slicefine.slicing import ALTERNATE, COLUMN, ROW
+from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
+from slicefine.tuner.layer import SliceLinear
+
+if TYPE_CHECKING:
+    from slicefine.slicing import Shape
+
+
+def find_targets(model: nn.Module, config: SliceFineConfig) -> dict[str, nn.Module]:
+    """The modules of `model` that `config` targets, by name, as PEFT will match them. Inside of tuner layers nothing matches."""
+    expanded = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
+    tuned = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not name.startswith(tuned) and check_target_module_exists(expanded, name)
+    }
+
+
+def names_all_linear(config: SliceFineConfig) -> bool:
+    """Whether the layers were left to us: then what does not fit is adjusted and listed, and not refused."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
+def find_problems(model: nn.Module, config: SliceFineConfig) -> list[str]:
+    """Everything that keeps `config` from being attached to `model`, one sentence each."""
+    targets = find_targets(model, config)
+    problems = _environment_problems(model)
+    problems += _matching_problems(model, config, targets)
+    parents = dict(model.named_modules())
+    owners = Counter(id(parameter) for module in _without_tuners(model) for parameter in module.parameters(recurse=False))
+    for name, module in targets.items():
+        problem = _layer_problem(module, parents[name.rpartition(".")[0]], owners)
+        if problem:
+            problems.append(f"{name}: {problem}")
+    if not names_all_linear(config) and config.fingerprints is None:
+        problems += [
+            f"{name}: r={config.r} is more than the {_narrowest(config, shape)} {_axis_names(config, shape)} of its weight of shape {shape}. "
+            "Lower `r`, or leave the layer out."
+            for name, shape in clamped(targets, config).items()
+        ]
+    return problems
+
+
+def clamped(targets: dict[str, nn.Module], config: SliceFineConfig) -> dict[str, Shape]:
+    """The targets whose weight is narrower than `r` along an axis in use, with the shape of the weight."""
+    shapes = {name: (m.out_features, m.in_features) for name, m in targets.items() if isinstance(m, nn.Linear | SliceLinear)}
+    return {name: shape for name, shape in shapes.items() if _narrowest(config, shape) < config.r}
+
+
+def _narrowest(config: SliceFineConfig, shape: Shape) -> int:
+    return {ROW: shape[0], COLUMN: shape[1], ALTERNATE: min(shape)}[config.axis]
+
+
+def _axis_names(config: SliceFineConfig, shape: Shape) -> str:
+    return "rows" if _narrowest(config, shape) == shape[0] and config.axis != COLUMN else "columns"
+
+
+def _without_tuners(model: nn.Module) -> list[nn.Module]:
+    """All modules that own parameters of the base model."""
+    inside = {id(m) for t in model.modules() if isinstance(t, BaseTunerLayer) for m in t.modules() if m is not t}
+    bases = {id(t.get_base_layer()) for t in model.modules() if isinstance(t, BaseTunerLayer)}
+    return [m for m in model.modules() if not isinstance(m, BaseTunerLayer) and (id(m) not in inside or id(m) in bases)]
+
+
+def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, nn.Module]) -> list[str]:
+    names = [name for name, _ in model.named_modules() if name]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | SliceLinear)]
+    problems = []
+    for setting in ("target_modules", "exclude_modules", "modules_to_save"):
+        wanted = getattr(config, setting)
+        if wanted is None or isinstance(wanted, str):
+            continue
+        if setting == "modules_to_save":  # PEFT adds all usual names of a head, of which a model has one
+            wanted = [name for name in wanted if name not in SEQ_CLS_HEAD_NAMES]
+        counts = {name: sum(_ends_with(key, name) for key in names) for name in sorted(wanted)}
+        for name, count in counts.items():
+            if not count:
+                others = ", ".join(f"{other} ({number})" for other, number in counts.items() if number) or "none"
+                known = {key.rpartition(".")[2] for key in (names if setting == "modules_to_save" else linear)}
+                problems.append(
+                    f"`{setting}` names {name!r}, which no module of the model is called; of the names given, these match: "
+                    f"{others}.{did_you_mean(name, known)} Linear layers here: {_list(Counter(k.rpartition('.')[2] for k in linear))}."
+                )
+    if config.layers_to_transform is not None and targets:
+        wanted = config.layers_to_transform
+        present = {int(part) for name in targets for part in name.split(".") if part.isdigit()}
+        missing = sorted(set([wanted] if isinstance(wanted, int) else wanted) - present)
+        if missing:
+            problems.append(f"`layers_to_transform` names blocks that hold no target: {missing}; got {wanted!r}.")
+    if not targets and not problems:
+        note = "" if config.layers_to_transform is None else f" with layers_to_transform={config.layers_to_transform!r}"
+        problems.append(
+            f"no module matches target_modules={config.target_modules!r}{note}, exclude_modules={config.exclude_modules!r}. "
+            f"Linear layers here: {_list(Counter(k.rpartition('.')[2] for k in linear))}."
+        )
+    return problems
+
+
+def _ends_with(key: str, name: str) -> bool:
+    return key == name or key.endswith(f".{name}")
+
+
+def _list(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())) or "none"
+
+
+def _environment_problems(model: nn.Module) -> list[str]:
+    problems = []
+    launched = [engine for engine in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"]
+    if launched:
+        problems.append(
+            f"{' and '.join(launched)} cut or replace the parameters that slices live in, which is not supported yet. "
+            "Launch with plain data parallelism (DDP) or on one device."
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        problems.append(
+            "the base model is quantized: a trained slice cannot be written back into packed weights. "
+            "Load it in bf16, fp16 or fp32."
+        )
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        problems.append("the base model runs with tensor parallelism, which is not supported yet. Load it without `tp_plan`.")
+    return problems
+
+
+def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int]) -> str | None:
+    if isinstance(module, SliceLinear):
+        return None
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if isinstance(module, BaseTunerLayer):
+        return f"another PEFT method tunes this layer already ({kind}). Merge or unload it first."
+    if not isinstance(module, nn.Linear):
+        return f"slices live in torch.nn.Linear layers; this is a {kind}. Leave it out with `exclude_modules`."
+    leave_out = "Leave it out with `exclude_modules`."
+    weight = module.weight
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return f"a slice needs a weight in bf16, fp16, fp32 or fp64; this one is {weight.dtype} ({kind}). Load the model unquantized."
+    if isinstance(weight, DTensor) or any(key in vars(weight) for key in ("ds_id", "_is_flat_param")):
+        return f"its weight is cut into shards ({type(weight).__name__}), which is not supported yet. Attach to an unsharded model."
+    hook = getattr(module, "_hf_hook", None)
+    if getattr(hook, "offload", False):
+        return "its weight is offloaded to the CPU or to disk, which is not supported yet. Load the model onto one device."
+    if type(module).forward is not nn.Linear.forward or hasattr(module, "parametrizations"):
+        return f"it is a {kind}, a Linear with a way of its own to compute or store its weight. {leave_out}"
+    if isinstance(parent, nn.MultiheadAttention):
+        return f"torch.nn.MultiheadAttention reads its weight without calling the layer, so a slice would get no gradient. {leave_out}"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"it has forward hooks, which training a slice would pass by. Remove them, or register them after attaching. {leave_out}"
+    if owners[id(weight)] > 1:
+        return f"its weight is tied to another module's, which would change with it. Untie them, or leave it out with `exclude_modules`."
+    return None

@@ -1,0 +1,92 @@
+"""Tiny models, made on the spot, for all tests."""
+
+import copy
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from slicefine import SliceFineConfig
+
+
+class MLP(nn.Module):
+    """10 -> 20 -> 14 -> 3; takes a batch as a plain tensor."""
+
+    def __init__(self, bias=True, dtype=torch.float32):
+        super().__init__()
+        self.lin0 = nn.Linear(10, 20, bias=bias)
+        self.lin1 = nn.Linear(20, 14, bias=bias)
+        self.head = nn.Linear(14, 3, bias=bias)
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.head(self.lin1(self.lin0(x).relu()).relu())
+
+
+def mlp(**kwargs):
+    torch.manual_seed(0)
+    return MLP(**kwargs)
+
+
+def bert(num_labels=3, **kwargs):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32, num_labels=num_labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **kwargs,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def llama(**kwargs):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=24, max_position_embeddings=32, **kwargs,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def batch(dtype=torch.float32, size=8, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 10, generator=generator).to(dtype)
+
+
+def tokens(size=4, length=7, seed=1):
+    return torch.randint(0, 50, (size, length), generator=torch.Generator().manual_seed(seed))
+
+
+def adapted_mlp(dtype=torch.float32, bias=True, **settings):
+    """A base MLP, and a PeftModel around a copy of it that trains `lin0` and `lin1`."""
+    base = mlp(dtype=dtype, bias=bias)
+    settings = {"target_modules": ["lin0", "lin1"], "slide_every": 3, "r": 4} | settings
+    return base, get_peft_model(copy.deepcopy(base), SliceFineConfig(**settings))
+
+
+def trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def fit(model, steps, x=None, optimizer=None, seed=2):
+    """`steps` plain optimizer steps on random targets; returns the optimizer."""
+    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=3e-2, weight_decay=0.0)
+    x = batch(dtype=next(model.parameters()).dtype) if x is None else x
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        y = model(x)
+        (y.float() - torch.randn(y.shape, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@torch.no_grad()
+def outputs(model, x=None):
+    x = batch(dtype=next(model.parameters()).dtype) if x is None else x
+    return model(x)
+
+
+def same_weights(model, other):
+    """Whether two models have the same state, name by name and bit by bit."""
+    state, expected = model.state_dict(), other.state_dict()
+    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)

@@ -56,9 +56,9 @@ def tokens(size=4, length=7, seed=1):
     return torch.randint(0, 50, (size, length), generator=torch.Generator().manual_seed(seed))
 
 
-def adapted_mlp(dtype=torch.float32, bias=True, **settings):
+def adapted_mlp(dtype=torch.float32, **settings):
     """A base MLP, and a PeftModel around a copy of it that trains `lin0` and `lin1`."""
-    base = mlp(dtype=dtype, bias=bias)
+    base = mlp(dtype=dtype)
     settings = {"target_modules": ["lin0", "lin1"], "slide_every": 3, "r": 4} | settings
     return base, get_peft_model(copy.deepcopy(base), SliceFineConfig(**settings))
 
@@ -86,7 +86,9 @@ def outputs(model, x=None):
     return model(x)
 
 
-def same_weights(model, other):
-    """Whether two models have the same state, name by name and bit by bit."""
+def differences(model, other):
+    """Names in the states of two models that only one has, or whose bits differ."""
     state, expected = model.state_dict(), other.state_dict()
-    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+    return sorted(state.keys() ^ expected.keys()) + [
+        n for n in state.keys() & expected.keys() if not torch.equal(state[n], expected[n])
+    ]

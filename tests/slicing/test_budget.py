@@ -8,7 +8,9 @@ from slicefine.slicing import active_size, touched_size
 
 
 def entries(piece, shape):
-    return {(i, j) for i in range(shape[0]) for j in range(shape[1]) if (i if piece.axis == "row" else j) in piece.indices}
+    return {
+        (i, j) for i in range(shape[0]) for j in range(shape[1]) if (i if piece.axis == "row" else j) in piece.indices
+    }
 
 
 @given(schedules, shapes, st.integers(0, 60))

@@ -39,7 +39,9 @@ def test_full_coverage_in_one_pass_and_revisits_after_it(schedule, shape):
         if schedule.axis not in (axis, "alternate"):
             continue
         blocks = -(-shape[dim] // min(schedule.r, shape[dim]))
-        turns = range(0 if axis == "row" or schedule.axis == "column" else 1, 10**6, 2 if schedule.axis == "alternate" else 1)
+        turns = range(
+            0 if axis == "row" or schedule.axis == "column" else 1, 10**6, 2 if schedule.axis == "alternate" else 1
+        )
         for start in (0, blocks):  # the first and the second pass
             visited = [schedule.slice_at(turns[start + k] * schedule.slide_every, shape) for k in range(blocks)]
             assert {piece.axis for piece in visited} == {axis}
@@ -91,7 +93,13 @@ def test_the_last_block_is_moved_back_so_that_it_is_full():
 
 def test_alternate_goes_row_column_row():
     pieces = [schedule(axis="alternate").slice_at(step, (7, 5)) for step in (0, 1, 2, 4, 6)]
-    assert [(piece.axis, piece.start) for piece in pieces] == [("row", 0), ("row", 0), ("column", 0), ("row", 3), ("column", 2)]
+    assert [(piece.axis, piece.start) for piece in pieces] == [
+        ("row", 0),
+        ("row", 0),
+        ("column", 0),
+        ("row", 3),
+        ("column", 2),
+    ]
 
 
 def test_the_random_order_is_part_of_the_file_format():
@@ -102,7 +110,10 @@ def test_the_random_order_is_part_of_the_file_format():
 
 def test_seeds_and_passes_give_other_orders():
     def order(seed, turn):
-        return [schedule(r=1, slide_every=1, order="random", seed=seed).slice_at(turn * 50 + k, (50, 1)).start for k in range(50)]
+        return [
+            schedule(r=1, slide_every=1, order="random", seed=seed).slice_at(turn * 50 + k, (50, 1)).start
+            for k in range(50)
+        ]
 
     assert order(0, 0) != order(1, 0)
     assert order(0, 0) != order(0, 1)

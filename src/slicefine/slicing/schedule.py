@@ -45,7 +45,9 @@ class Schedule:
         """Everything that is wrong with the settings, one sentence each; empty if nothing is."""
         found = []
         if not _is_int(self.r) or self.r < 1:
-            found.append(f"`r` is the number of rows or columns in a slice, a whole number of at least 1; got {self.r!r}.")
+            found.append(
+                f"`r` is the number of rows or columns in a slice, a whole number of at least 1; got {self.r!r}."
+            )
         if self.axis not in AXES:
             found.append(f"`axis` is one of {', '.join(AXES)}; got {self.axis!r}.{did_you_mean(self.axis, AXES)}")
         if self.slide_every is not None and (not _is_int(self.slide_every) or self.slide_every < 1):
@@ -54,7 +56,9 @@ class Schedule:
                 f"moves; got {self.slide_every!r}."
             )
         if self.order not in ORDERS:
-            found.append(f"`order` is one of {', '.join(ORDERS)}; got {self.order!r}.{did_you_mean(self.order, ORDERS)}")
+            found.append(
+                f"`order` is one of {', '.join(ORDERS)}; got {self.order!r}.{did_you_mean(self.order, ORDERS)}"
+            )
         if not _is_int(self.seed):
             found.append(f"`seed` is a whole number; got {self.seed!r}.")
         return found
@@ -108,7 +112,9 @@ def _shuffled(seed: int, dimension: int, width: int, turn: int) -> tuple[int, ..
     move together where the dimension is the same.
     """
     blocks = range(-(-dimension // width))
-    return tuple(sorted(blocks, key=lambda b: hashlib.sha256(f"{seed}/{dimension}/{width}/{turn}/{b}".encode()).digest()))
+    return tuple(
+        sorted(blocks, key=lambda b: hashlib.sha256(f"{seed}/{dimension}/{width}/{turn}/{b}".encode()).digest())
+    )
 
 
 def _is_int(value: object) -> bool:

@@ -86,7 +86,9 @@ def fingerprint_problem(target: str, expected: str, found: str) -> str | None:
         same = expected_rounded == found_rounded
     if same:
         return None
-    other = "" if expected_dtype == found_dtype else f" (it was trained in {expected_dtype}, this base is in {found_dtype})"
+    other = (
+        "" if expected_dtype == found_dtype else f" (it was trained in {expected_dtype}, this base is in {found_dtype})"
+    )
     return (
         f"{target}: the adapter was trained on a base with other values in the rows and columns it replaces{other}. Load the "
         "base model it was trained on, in the same dtype."
@@ -103,7 +105,9 @@ def check_folder(folder: str | os.PathLike[str], subfolder: str | None, digest: 
     if digest is None or not path.is_dir():
         return
     if not file.exists():
-        pickled = f" {WEIGHTS_NAME} beside it is a pickle, which is never opened." if (path / WEIGHTS_NAME).exists() else ""
+        pickled = (
+            f" {WEIGHTS_NAME} beside it is a pickle, which is never opened." if (path / WEIGHTS_NAME).exists() else ""
+        )
         raise SliceFineError(
             f"A slicefine adapter keeps its values in {SAFETENSORS_WEIGHTS_NAME}; there is none in {path}.{pickled} "
             "Save the adapter again with `save_pretrained`."
@@ -128,7 +132,9 @@ def is_ours(key: str) -> bool:
     return key.rpartition(".")[2].startswith(PREFIX)
 
 
-def parse(state_dict: dict[str, Tensor], targets: dict[str, tuple[Shape, bool]], schedule: Schedule) -> dict[str, LayerValues]:
+def parse(
+    state_dict: dict[str, Tensor], targets: dict[str, tuple[Shape, bool]], schedule: Schedule
+) -> dict[str, LayerValues]:
     """Turn the tensors of a file into one `LayerValues` per target, or raise `SliceFineError` with all that is wrong.
 
     Args:
@@ -140,7 +146,9 @@ def parse(state_dict: dict[str, Tensor], targets: dict[str, tuple[Shape, bool]],
     for key, tensor in state_dict.items():
         target, _, part = _bare(key).rpartition(".")
         found.setdefault(target, {})[part] = tensor
-    problems = [f"{target}: the model trains no such layer with this adapter." for target in found.keys() - targets.keys()]
+    problems = [
+        f"{target}: the model trains no such layer with this adapter." for target in found.keys() - targets.keys()
+    ]
     problems += [f"{target}: the file has nothing for it." for target in targets.keys() - found.keys()]
     parsed = {}
     for target in found.keys() & targets.keys():

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from slicefine.errors import did_you_mean, raise_all
+from slicefine.errors import SliceFineError, did_you_mean, raise_all
 from slicefine.slicing import Schedule
 from slicefine.tuner import artifact
 
@@ -16,7 +16,7 @@ BIASES = ("none", "slicefine_only")
 ALL_LINEAR = "all-linear"
 
 
-class SliceFineType(str, enum.Enum):
+class SliceFineType(str, enum.Enum):  # noqa: UP042 -- as PEFT's own, whose hash and repr its mappings rely on
     """PEFT's name for the method. A `str` enum like PEFT's own: transformers' loader asks for its `.value`."""
 
     SLICEFINE = "SLICEFINE"
@@ -82,21 +82,31 @@ class SliceFineConfig(PeftConfig):
         self.peft_type = SliceFineType.SLICEFINE  # pyright: ignore[reportAttributeAccessIssue] -- PEFT's enum is closed
         problems = self.schedule.problems()
         if self.bias not in BIASES:
-            problems.append(f"`bias` is one of {', '.join(BIASES)}; got {self.bias!r}.{did_you_mean(self.bias, BIASES)}")
+            problems.append(
+                f"`bias` is one of {', '.join(BIASES)}; got {self.bias!r}.{did_you_mean(self.bias, BIASES)}"
+            )
         if self.target_modules is None or not len(self.target_modules):
-            problems.append(f"`target_modules` names the layers to train; got {self.target_modules!r}. Use {ALL_LINEAR!r}.")
+            problems.append(
+                f"`target_modules` names the layers to train; got {self.target_modules!r}. Use {ALL_LINEAR!r}."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append(
                 f"`layers_pattern` says where `layers_to_transform` counts; got layers_pattern={self.layers_pattern!r} "
                 "alone. Give both or neither."
             )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None and self.target_modules != ALL_LINEAR:
+        if (
+            isinstance(self.target_modules, str)
+            and self.layers_to_transform is not None
+            and self.target_modules != ALL_LINEAR
+        ):
             problems.append(
                 "`layers_to_transform` works with a list of names; with a regular expression, put the indices into the "
                 f"expression; got target_modules={self.target_modules!r}."
             )
         if not isinstance(self.step, int) or self.step < 0:
-            problems.append(f"`step` counts optimizer steps and is written by saving; got {self.step!r}. Leave it alone.")
+            problems.append(
+                f"`step` counts optimizer steps and is written by saving; got {self.step!r}. Leave it alone."
+            )
         raise_all(problems, "SliceFineConfig")
 
     @property
@@ -109,11 +119,18 @@ class SliceFineConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> SliceFineConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SliceFineConfig:
         """As PEFT's. An adapter in a local folder is checked as a whole here, before anything touches the model.
 
         Raises `SliceFineError` if the folder's weights are missing, truncated, altered or not in safetensors format.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, cls):
+            raise SliceFineError(
+                f"{pretrained_model_name_or_path} holds a {type(config).__name__}, not a {cls.__name__}. "
+                "Load it with `PeftConfig.from_pretrained`."
+            )
         artifact.check_folder(pretrained_model_name_or_path, subfolder, config.digest)
         return config

@@ -51,9 +51,18 @@ def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCou
     for module in model.modules():
         if isinstance(module, SliceLinear):
             masters |= {id(p) for name in module.adapter_layer_names for p in getattr(module, name).parameters()}
-    heads = {id(p): p for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters() if p.requires_grad}
+    heads = {
+        id(p): p
+        for m in model.modules()
+        if isinstance(m, AuxiliaryTrainingWrapper)
+        for p in m.parameters()
+        if p.requires_grad
+    }
     replaced = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()} - {
-        id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.original_module.parameters()
+        id(p)
+        for m in model.modules()
+        if isinstance(m, AuxiliaryTrainingWrapper)
+        for p in m.original_module.parameters()
     }
     total = sum(p.numel() for p in model.parameters() if id(p) not in masters | replaced)
     return ParameterCounts(

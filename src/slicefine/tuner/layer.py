@@ -66,7 +66,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.slicefine_weight = MasterDict()
         self.slicefine_bias = MasterDict()
-        self.slicefine_index = BufferDict(persistent=False)
+        self.slicefine_index: Any = BufferDict(persistent=False)  # its values are typed as possibly None
         self.slicefine_state: dict[str, AdapterState] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
@@ -182,7 +182,9 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         if not names:
             return
         if len(names) > 1 or self.merged:
-            raise SliceFineError(f"One slicefine adapter is merged at a time; got {self.merged_adapters + names}. Unmerge first.")
+            raise SliceFineError(
+                f"One slicefine adapter is merged at a time; got {self.merged_adapters + names}. Unmerge first."
+            )
         if names[0] not in self.slicefine_weight:
             return
         self._show(names[0])
@@ -223,7 +225,12 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = self._installed
-        if adapter is None or self.merged or not torch.is_grad_enabled() or not self.slicefine_weight[adapter].requires_grad:
+        if (
+            adapter is None
+            or self.merged
+            or not torch.is_grad_enabled()
+            or not self.slicefine_weight[adapter].requires_grad
+        ):
             return self.base_layer(x, *args, **kwargs)
         if args or kwargs:
             raise SliceFineError(
@@ -243,7 +250,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             self.slicefine_weight[adapter],
             self.slicefine_index[adapter],
             self.slicefine_state[adapter].active.axis,
-            self.slicefine_bias[adapter] if adapter in self.slicefine_bias else None,
+            self.slicefine_bias.get(adapter),
         )
 
     def pending_writes(self, adapter: str) -> list[tuple[Tensor, Tensor]]:

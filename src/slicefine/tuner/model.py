@@ -31,6 +31,8 @@ class SliceFineModel(BaseTuner):
     prefix: str = artifact.PREFIX
     tuner_layer_cls = SliceLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 -- PEFT's class attribute; unused, targets have a default
+    _awaiting: str | None = None
+    """The adapter that was attached from a saved configuration and whose values have not come yet."""
 
     # ------------------------------------------------------------------ attaching
 
@@ -49,6 +51,7 @@ class SliceFineModel(BaseTuner):
         raise_all(problems, f"Adapter {adapter_name!r} cannot be attached")
         _warn_of_adjustments(config, found)
         self.peft_config[adapter_name] = config
+        self._awaiting = adapter_name if config.fingerprints is not None else None
         if not _layers(model):
             self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -109,8 +112,11 @@ class SliceFineModel(BaseTuner):
                     module.set_adapter([])  # PEFT would hand out the trained head with the original weights
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _leave_nothing_behind(self) -> None:
-        """Undo attaching, down to which parameters of the base model were trainable."""
+    def _leave_nothing_behind(self, adapter_name: str) -> None:
+        """Undo attaching an adapter whose file was refused, down to which parameters of the base model were trainable."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+            return
         self.unload()
         for parameter in self._trainable_before:
             parameter.requires_grad = True
@@ -135,7 +141,9 @@ class SliceFineModel(BaseTuner):
             saved = artifact.LayerValues(
                 step=layer.slicefine_state[adapter_name].step,
                 master=layer.master(adapter_name),
-                values={axis: layer.trained_values(adapter_name, axis, region.along(axis)) for axis in artifact.SLICE_AXES},
+                values={
+                    axis: layer.trained_values(adapter_name, axis, region.along(axis)) for axis in artifact.SLICE_AXES
+                },
                 bias=layer.slicefine_bias[adapter_name].detach() if adapter_name in layer.slicefine_bias else None,
             )
             tensors |= {f"{name}.{part}": tensor for part, tensor in saved.tensors().items()}
@@ -159,12 +167,15 @@ class SliceFineModel(BaseTuner):
         layers = {name.removeprefix(artifact.PEFT_ROOT): layer for name, layer in _layers(model, adapter_name).items()}
         ours = {key: tensor for key, tensor in state_dict.items() if artifact.is_ours(key)}
         wanted = {name: (layer.shape, adapter_name in layer.slicefine_bias) for name, layer in layers.items()}
+        tuner = model.base_model if isinstance(model, PeftModel) else None
         try:
             parsed = artifact.parse(ours, wanted, config.schedule)
         except SliceFineError:
-            if config.fingerprints is not None and isinstance(model, PeftModel) and len(model.peft_config) == 1:
-                model.base_model._leave_nothing_behind()  # the adapter was attached for this file alone
+            if isinstance(tuner, SliceFineModel) and tuner._awaiting == adapter_name:
+                tuner._leave_nothing_behind(adapter_name)
             raise
+        if isinstance(tuner, SliceFineModel):
+            tuner._awaiting = None
         for name, values in parsed.items():
             layers[name].load(
                 adapter_name, step=values.step, master=values.master, values=values.values, bias=values.bias
@@ -194,7 +205,9 @@ def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list
     for name, module in found.items():
         expected = config.fingerprints.get(name)
         if expected is None:
-            problems.append(f"{name}: the saved adapter has nothing for it. Load it with the targets it was saved with.")
+            problems.append(
+                f"{name}: the saved adapter has nothing for it. Load it with the targets it was saved with."
+            )
             continue
         if isinstance(module, SliceLinear):
             shape, read = module.shape, module.base_values
@@ -206,7 +219,10 @@ def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list
         problem = artifact.fingerprint_problem(name, expected, artifact.fingerprint(region, read))
         if problem:
             problems.append(problem)
-    problems += [f"{name}: the saved adapter trains it, this model has no such layer." for name in config.fingerprints.keys() - found.keys()]
+    problems += [
+        f"{name}: the saved adapter trains it, this model has no such layer."
+        for name in config.fingerprints.keys() - found.keys()
+    ]
     return problems
 
 

@@ -43,7 +43,9 @@ def find_problems(model: nn.Module, config: SliceFineConfig) -> list[str]:
     problems = _environment_problems(model)
     problems += _matching_problems(model, config, targets)
     parents = dict(model.named_modules())
-    owners = Counter(id(parameter) for module in _without_tuners(model) for parameter in module.parameters(recurse=False))
+    owners = Counter(
+        id(parameter) for module in _without_tuners(model) for parameter in module.parameters(recurse=False)
+    )
     for name, module in targets.items():
         problem = _layer_problem(module, parents[name.rpartition(".")[0]], owners)
         if problem:
@@ -59,7 +61,9 @@ def find_problems(model: nn.Module, config: SliceFineConfig) -> list[str]:
 
 def clamped(targets: dict[str, nn.Module], config: SliceFineConfig) -> dict[str, Shape]:
     """The targets whose weight is narrower than `r` along an axis in use, with the shape of the weight."""
-    shapes = {name: (m.out_features, m.in_features) for name, m in targets.items() if isinstance(m, nn.Linear | SliceLinear)}
+    shapes = {
+        name: (m.out_features, m.in_features) for name, m in targets.items() if isinstance(m, nn.Linear | SliceLinear)
+    }
     return {name: shape for name, shape in shapes.items() if _narrowest(config, shape) < config.r}
 
 
@@ -122,7 +126,9 @@ def _list(counts: Counter[str]) -> str:
 
 def _environment_problems(model: nn.Module) -> list[str]:
     problems = []
-    launched = [engine for engine in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"]
+    launched = [
+        engine for engine in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
+    ]
     if launched:
         problems.append(
             f"{' and '.join(launched)} cut or replace the parameters that slices live in, which is not supported yet. "
@@ -134,7 +140,9 @@ def _environment_problems(model: nn.Module) -> list[str]:
             "Load it in bf16, fp16 or fp32."
         )
     if (getattr(model, "_tp_size", None) or 1) > 1:
-        problems.append("the base model runs with tensor parallelism, which is not supported yet. Load it without `tp_plan`.")
+        problems.append(
+            "the base model runs with tensor parallelism, which is not supported yet. Load it without `tp_plan`."
+        )
     return problems
 
 
@@ -154,7 +162,9 @@ def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int]) -
         return f"its weight is cut into shards ({type(weight).__name__}), which is not supported yet. Attach to an unsharded model."
     hook = getattr(module, "_hf_hook", None)
     if getattr(hook, "offload", False):
-        return "its weight is offloaded to the CPU or to disk, which is not supported yet. Load the model onto one device."
+        return (
+            "its weight is offloaded to the CPU or to disk, which is not supported yet. Load the model onto one device."
+        )
     if type(module).forward is not nn.Linear.forward or hasattr(module, "parametrizations"):
         return f"it is a {kind}, a Linear with a way of its own to compute or store its weight. {leave_out}"
     if isinstance(parent, nn.MultiheadAttention):
@@ -162,5 +172,5 @@ def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int]) -
     if module._forward_hooks or module._forward_pre_hooks:
         return f"it has forward hooks, which training a slice would pass by. Remove them, or register them after attaching. {leave_out}"
     if owners[id(weight)] > 1:
-        return f"its weight is tied to another module's, which would change with it. Untie them, or leave it out with `exclude_modules`."
+        return "its weight is tied to another module's, which would change with it. Untie them, or leave it out with `exclude_modules`."
     return None

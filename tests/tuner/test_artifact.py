@@ -1,0 +1,273 @@
+"""Save and load: the same bits come back, or nothing is changed at all."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import adapted_mlp, batch, bert, differences, fit, mlp, outputs, tokens, trainable
+
+from slicefine import SliceFineConfig, SliceFineError, active_slices, touched_slices
+from slicefine.slicing import artifact_size
+
+SETTINGS = [
+    {"axis": "row"},
+    {"axis": "column", "order": "random"},
+    {"axis": "alternate", "bias": "slicefine_only"},
+    {"axis": "alternate", "slide_every": 1, "r": 7, "bias": "slicefine_only"},
+    {"axis": "row", "slide_every": None},
+]
+each_setting = pytest.mark.parametrize("settings", SETTINGS, ids=str)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+WEIGHTS = "adapter_model.safetensors"
+
+
+def saved(folder, steps=7, dtype=torch.float32, **settings):
+    base, model = adapted_mlp(dtype=dtype, **({"axis": "alternate"} | settings))
+    optimizer = fit(model, steps)
+    model.save_pretrained(folder)
+    return base, model, optimizer
+
+
+@each_dtype
+@each_setting
+def test_loading_gives_the_trained_outputs_bit_by_bit(tmp_path, settings, dtype):
+    base, model, _ = saved(tmp_path, dtype=dtype, **settings)
+    before = outputs(base)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert active_slices(loaded) == active_slices(model)
+    assert touched_slices(loaded) == touched_slices(model)
+    assert not trainable(loaded)
+    with loaded.disable_adapter():
+        assert torch.equal(outputs(loaded), before)
+    assert not differences(loaded.merge_and_unload(), model.merge_and_unload())
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 6, 13])
+@each_setting
+def test_training_goes_on_from_a_loaded_adapter(tmp_path, settings, steps):
+    base, model, optimizer = saved(tmp_path, steps=steps, **settings)
+    loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    other = torch.optim.AdamW(trainable(loaded), lr=3e-2, weight_decay=0.0)
+    if optimizer.state:
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    fit(model, 5, optimizer=optimizer, seed=9)
+    fit(loaded, 5, optimizer=other, seed=9)
+    assert not differences(model, loaded)
+    before = outputs(mlp())
+    with loaded.disable_adapter():
+        assert torch.equal(outputs(loaded), before)
+
+
+@each_setting
+def test_loading_an_earlier_checkpoint_into_a_live_adapter(tmp_path, settings):
+    _, model, optimizer = saved(tmp_path, steps=4, **settings)
+    early, then = copy.deepcopy(model), outputs(model)
+    fit(model, 8, optimizer=optimizer)
+    assert not torch.equal(outputs(model), then)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(outputs(model), then)
+    assert not differences(model, early)
+
+
+def test_saving_changes_nothing_and_is_repeatable(tmp_path):
+    _, model, _ = saved(tmp_path / "a", order="random")
+    before = copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "b")
+    assert not differences(model, before)
+    for file in (WEIGHTS, "adapter_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_disabled_or_inactive_adapter_is_saved_all_the_same(tmp_path):
+    _, model, _ = saved(tmp_path / "a")
+    model.add_adapter("other", SliceFineConfig(r=2, target_modules=["lin1"]))
+    with model.disable_adapter():
+        model.save_pretrained(tmp_path / "b", selected_adapters=["default"])
+    model.set_adapter("other")
+    model.save_pretrained(tmp_path / "c", selected_adapters=["default"])
+    expected = (tmp_path / "a" / WEIGHTS).read_bytes()
+    assert (tmp_path / "b" / WEIGHTS).read_bytes() == expected
+    assert (tmp_path / "c" / WEIGHTS).read_bytes() == expected
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 7])
+def test_the_size_is_the_one_that_shapes_predict(tmp_path, steps):
+    _, model, _ = saved(tmp_path, steps=steps, bias="slicefine_only", dtype=torch.bfloat16)
+    held = sum(tensor.nbytes for tensor in load_file(tmp_path / WEIGHTS).values())
+    schedule = model.peft_config["default"].schedule
+    assert held == sum(artifact_size(schedule, shape, steps, itemsize=2, bias=True) for shape in [(20, 10), (14, 20)])
+
+
+def test_the_configuration_comes_back(tmp_path):
+    config = SliceFineConfig(
+        r=3, axis="column", slide_every=None, order="random", seed=4, bias="slicefine_only", target_modules=["lin0"]
+    )
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, SliceFineConfig)
+    assert loaded.to_dict() == config.to_dict()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SLICEFINE"
+
+
+def test_a_head_is_saved_with_the_adapter(tmp_path):
+    base = bert()
+    model = get_peft_model(copy.deepcopy(base), SliceFineConfig(r=2, slide_every=2, task_type="SEQ_CLS"))
+    model.train()
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
+    ids = tokens()
+    for _ in range(5):
+        model(input_ids=ids, labels=torch.tensor([0, 1, 2, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    model.eval(), loaded.eval()
+    assert torch.equal(model(ids).logits, loaded(ids).logits)
+
+
+def test_the_same_base_in_another_dtype_is_recognised(tmp_path):
+    base, _, _ = saved(tmp_path, dtype=torch.bfloat16)
+    PeftModel.from_pretrained(copy.deepcopy(base).float(), tmp_path)
+    PeftModel.from_pretrained(mlp(), tmp_path)  # what the bf16 base was rounded from
+    with torch.no_grad():
+        base.lin0.weight[0, 0] *= 1.1
+    with pytest.raises(SliceFineError, match=r"lin0.*other values.*trained in bfloat16, this base is in float32"):
+        PeftModel.from_pretrained(base.float(), tmp_path)
+
+
+# ---------------------------------------------------------------------- refused, and nothing changed
+
+
+def refused(base, folder, *words):
+    before = copy.deepcopy(base)
+    flags = [parameter.requires_grad for parameter in base.parameters()]
+    with pytest.raises(SliceFineError) as error:
+        PeftModel.from_pretrained(base, folder)
+    for word in words:
+        assert re.search(word, str(error.value)), f"{word!r} is not in: {error.value}"
+    assert not differences(base, before)
+    assert [str(m) for m in base.modules()] == [str(m) for m in before.modules()]
+    assert [parameter.requires_grad for parameter in base.parameters()] == flags
+    assert not hasattr(base, "peft_config")
+
+
+def test_a_wrong_base_of_equal_shapes(tmp_path):
+    base, _, _ = saved(tmp_path)
+    with torch.no_grad():
+        base.lin1.weight[0, 0] += 1e-3
+    refused(base, tmp_path, "lin1", "other values in the rows and columns", "Load the base model it was trained on")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999])
+def test_a_truncated_file(tmp_path, keep):
+    base, _, _ = saved(tmp_path)
+    file = tmp_path / WEIGHTS
+    data = file.read_bytes()
+    file.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+    refused(base, tmp_path, "not a complete safetensors file", WEIGHTS, "copy or save it again")
+
+
+def test_an_altered_file(tmp_path):
+    base, _, _ = saved(tmp_path)
+    file = tmp_path / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+    refused(base, tmp_path, "does not hold the values that were saved", "digest", "The file was altered")
+
+
+def test_a_missing_file_and_a_pickle_beside_it(tmp_path):
+    base, _, _ = saved(tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
+    refused(base, tmp_path, "there is none", "a pickle, which is never opened")
+
+
+def alter(folder, change):
+    """Rewrite the file and its digest, as somebody would who means it."""
+    from slicefine.tuner.artifact import digest_of
+
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["digest"] = digest_of(tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+KEY = "base_model.model.lin0.slicefine_"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: t.update({KEY + "row": t[KEY + "row"][:-1]}),
+            ["lin0", r"slicefine_row.*shape \(8, 10\) after 7 steps", r"\(7, 10\)"],
+        ),
+        (lambda t: t.pop(KEY + "column"), ["slicefine_column", "got nothing"]),
+        (lambda t: t.update({KEY + "extra": torch.zeros(1)}), ["slicefine_extra", "not part of this adapter"]),
+        (lambda t: t.update({KEY + "step": torch.tensor(-1)}), ["slicefine_step", "at least 0"]),
+        (lambda t: t.update({KEY + "step": torch.tensor(1.0)}), ["slicefine_step", "float32"]),
+        (lambda t: t.update({KEY + "row": t[KEY + "row"].long()}), ["floating-point", "int64"]),
+        (lambda t: t[KEY + "row"].fill_(float("nan")), ["slicefine_row", "NaN"]),
+        (lambda t: t.update({KEY.replace("lin0", "lin9") + "row": torch.zeros(1)}), ["lin9", "no such layer"]),
+        (lambda t: [t.pop(key) for key in list(t) if "lin1" in key], ["lin1", "nothing for it"]),
+    ],
+)
+def test_a_file_that_does_not_fit(tmp_path, change, words):
+    base, _, _ = saved(tmp_path)
+    alter(tmp_path, change)
+    refused(base, tmp_path, "nothing was loaded", *words)
+
+
+def test_a_bad_file_leaves_a_live_adapter_as_it_is(tmp_path):
+    _, model, optimizer = saved(tmp_path)
+    alter(tmp_path, lambda t: t.pop(KEY + "row"))
+    fit(model, 2, optimizer=optimizer)
+    before = copy.deepcopy(model)
+    with pytest.raises(SliceFineError, match="nothing was loaded"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert not differences(model, before)
+    fit(model, 2, optimizer=optimizer)
+
+
+def test_a_bad_second_adapter_leaves_the_first_as_it_is(tmp_path):
+    saved(tmp_path)
+    alter(tmp_path, lambda t: t.pop(KEY + "row"))
+    _, model = adapted_mlp()
+    fit(model, 4)
+    before = copy.deepcopy(model)
+    with pytest.raises(SliceFineError, match="nothing was loaded"):
+        model.load_adapter(tmp_path, "other")
+    assert not differences(model, before)
+    assert list(model.peft_config) == ["default"]
+    assert model.active_adapters == ["default"]
+
+
+def test_a_model_without_the_layers(tmp_path):
+    saved(tmp_path)
+    refused(torch.nn.Sequential(torch.nn.Linear(10, 20)), tmp_path, "lin0", "no module")
+
+
+def test_a_saved_configuration_starts_afresh_on_its_own_base(tmp_path):
+    base, _, _ = saved(tmp_path)
+    config = SliceFineConfig.from_pretrained(str(tmp_path))
+    config.inference_mode = False  # PEFT saves every configuration for inference
+    model = get_peft_model(base, config)
+    assert touched_slices(model)["lin0"] == []
+    assert torch.equal(outputs(model), outputs(mlp()))
+    fit(model, 2)
+
+
+def test_from_another_process_layout(tmp_path):
+    """The folder holds what PEFT's loaders expect, and nothing that could run code."""
+    saved(tmp_path)
+    assert {p.name for p in Path(tmp_path).iterdir()} == {WEIGHTS, "adapter_config.json", "README.md"}
+    assert all(torch.isfinite(t).all() for t in load_file(tmp_path / WEIGHTS).values())
+    assert batch().shape == (8, 10)

@@ -33,12 +33,13 @@ def saved(folder, steps=7, dtype=torch.float32, **settings):
     return base, model, optimizer
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @each_dtype
 @each_setting
-def test_loading_gives_the_trained_outputs_bit_by_bit(tmp_path, settings, dtype):
+def test_loading_gives_the_trained_outputs_bit_by_bit(tmp_path, settings, dtype, low_cpu_mem_usage):
     base, model, _ = saved(tmp_path, dtype=dtype, **settings)
     before = outputs(base)
-    loaded = PeftModel.from_pretrained(base, tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(outputs(loaded), outputs(model))
     assert active_slices(loaded) == active_slices(model)
     assert touched_slices(loaded) == touched_slices(model)

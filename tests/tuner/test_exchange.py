@@ -83,6 +83,17 @@ def test_merge_while_disabled_merges_the_trained_values():
     assert torch.equal(outputs(model.merge_and_unload()), trained)
 
 
+def test_disabling_in_inference_mode():
+    base, model = adapted_mlp(axis="alternate", bias="slicefine_only")
+    twin = copy.deepcopy(model)
+    optimizer, other = fit(model, 4), fit(twin, 4)
+    with torch.inference_mode(), model.disable_adapter():
+        assert torch.equal(model(batch()), base(batch()))
+    fit(model, 4, optimizer=optimizer)
+    fit(twin, 4, optimizer=other)
+    assert not differences(model, twin)
+
+
 def test_merge_and_unmerge_in_place():
     _, model = adapted_mlp(axis="alternate")
     twin = copy.deepcopy(model)

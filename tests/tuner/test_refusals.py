@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny import bert, differences, mlp
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tiny import adapted_mlp, bert, differences, fit, mlp
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -164,22 +164,23 @@ def test_tied_weights():
 
 
 def test_another_method_on_the_same_layer():
-    model = get_peft_model(mlp(), LoraConfig(target_modules=["lin0"])).base_model.model
+    model = inject_adapter_in_model(LoraConfig(target_modules=["lin0"]), mlp())
+    del model.peft_config  # or PEFT warns of several adapters first
     with pytest.raises(SliceFineError, match="another PEFT method tunes this layer already"):
-        get_peft_model(model, SliceFineConfig(target_modules=["lin0"])) if False else _attach_again(model)
-
-
-def _attach_again(model):
-    from slicefine.errors import raise_all
-    from slicefine.tuner.targets import find_problems
-
-    raise_all(find_problems(model, SliceFineConfig(target_modules=["lin0"])), "Adapter")
+        inject_adapter_in_model(SliceFineConfig(target_modules=["lin0"]), model, "second")
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_sharding_engines(monkeypatch, engine):
     monkeypatch.setitem(os.environ, f"ACCELERATE_USE_{engine}", "true")
     refused(mlp(), SliceFineConfig(), engine, "not supported yet", "DDP")
+
+
+def test_an_engine_that_comes_after_attaching(monkeypatch):
+    _, model = adapted_mlp()
+    monkeypatch.setitem(os.environ, "ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(SliceFineError, match=r"DEEPSPEED.*not supported yet"):
+        fit(model, 1)
 
 
 def test_all_problems_at_once():

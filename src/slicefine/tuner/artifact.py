@@ -78,13 +78,10 @@ def fingerprint(region: Region, read: Callable[[str, tuple[int, ...]], Tensor]) 
 
 def fingerprint_problem(target: str, expected: str, found: str) -> str | None:
     """What is wrong with a base whose fingerprint is `found` where the adapter was trained on `expected`."""
-    expected_dtype, expected_exact, expected_rounded = expected.split(":")
-    found_dtype, found_exact, found_rounded = found.split(":")
-    if expected_dtype == found_dtype:
-        same = expected_exact == found_exact
-    else:
-        same = expected_rounded == found_rounded
-    if same:
+    expected_dtype, *expected_digests = expected.split(":")
+    found_dtype, *found_digests = found.split(":")
+    which = 0 if expected_dtype == found_dtype else 1
+    if expected_digests[which] == found_digests[which]:
         return None
     other = (
         "" if expected_dtype == found_dtype else f" (it was trained in {expected_dtype}, this base is in {found_dtype})"

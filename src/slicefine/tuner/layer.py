@@ -39,6 +39,15 @@ class AdapterState:
 class MasterDict(nn.ParameterDict):
     """Parameters that stay at least fp32 when the model is cast: the optimizer's updates would drown in bf16."""
 
+    def place(self, name: str, values: Tensor) -> None:
+        """Add a parameter, on the device of `values` also where new parameters are being diverted to the meta device.
+
+        PEFT does that for `low_cpu_mem_usage`; it would gain nothing here, and lose the values.
+        """
+        parameter = nn.Parameter(values)
+        self[name] = parameter
+        self._parameters[name] = parameter
+
     def _apply(self, fn, recurse=True):
         def keep_wide(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -100,13 +109,13 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         weight = self._weight
         width, length = schedule.widest(self.shape)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.slicefine_weight[adapter] = nn.Parameter(torch.zeros(width, length, dtype=dtype, device=weight.device))
+        self.slicefine_weight.place(adapter, torch.zeros(width, length, dtype=dtype, device=weight.device))
         active = schedule.slice_at(0, self.shape)
         state = self.slicefine_state[adapter] = AdapterState(schedule, active)
         index = torch.zeros(active.width, dtype=torch.int64, device=weight.device)
         self.slicefine_index[adapter] = index
         if train_bias and self.base_layer.bias is not None:
-            self.slicefine_bias[adapter] = nn.Parameter(self.base_layer.bias.detach().to(dtype, copy=True))
+            self.slicefine_bias.place(adapter, self.base_layer.bias.detach().to(dtype, copy=True))
             state.bias = self.base_layer.bias.detach().cpu().clone()
         self._occupy(adapter, active)
         if perturb:

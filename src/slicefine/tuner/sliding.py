@@ -6,15 +6,17 @@ and finds their layers through a weak set, because a parameter loses what is att
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from slicefine.errors import SliceFineWarning
+from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.kernel import reset_moments
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         adapter = layer.installed
         if adapter is not None and id(layer.slicefine_weight[adapter]) in group_of:
             stepped.append((layer, adapter))
+    refuse_sharding([layer.slicefine_weight[adapter] for layer, adapter in stepped])
     if not stepped:
         return
     _warn_of_weight_decay(optimizer, [group_of[id(layer.slicefine_weight[adapter])] for layer, adapter in stepped])
@@ -50,6 +53,17 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if state.schedule.moves(state.step) != state.schedule.moves(state.step - 1):
             layer.slide(adapter)
             reset_moments(optimizer, [layer.slicefine_weight[adapter]])
+
+
+def refuse_sharding(masters: list[nn.Parameter]) -> None:
+    """Raise `SliceFineError` if an engine has taken the parameters apart, so that slices would not be trained, or wrongly."""
+    engines = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
+    kinds = sorted({type(master).__name__ for master in masters if type(master) is not nn.Parameter})
+    if engines or kinds:
+        raise SliceFineError(
+            f"{' and '.join(engines + kinds)}: the parameters that slices live in are cut or replaced, which is not supported "
+            "yet. Use plain data parallelism (DDP), or one device."
+        )
 
 
 def _skipped(optimizer: Optimizer) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -12,10 +11,11 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from slicefine.errors import did_you_mean
+from slicefine.errors import SliceFineError, did_you_mean
 from slicefine.slicing import ALTERNATE, COLUMN, ROW
 from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
 from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.sliding import refuse_sharding
 
 if TYPE_CHECKING:
     from slicefine.slicing import Shape
@@ -126,14 +126,10 @@ def _list(counts: Counter[str]) -> str:
 
 def _environment_problems(model: nn.Module) -> list[str]:
     problems = []
-    launched = [
-        engine for engine in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
-    ]
-    if launched:
-        problems.append(
-            f"{' and '.join(launched)} cut or replace the parameters that slices live in, which is not supported yet. "
-            "Launch with plain data parallelism (DDP) or on one device."
-        )
+    try:
+        refuse_sharding([])
+    except SliceFineError as error:
+        problems.append(str(error))
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         problems.append(
             "the base model is quantized: a trained slice cannot be written back into packed weights. "

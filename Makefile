@@ -1,0 +1,34 @@
+# Every command sets up what it needs: a virtual environment in .venv with the tested versions.
+.PHONY: demo test check bench clean
+
+PYTHON ?= python3.11
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+READY = $(VENV)/.ready
+
+demo: $(READY)  ## fine-tune a real pretrained model offline and sum up
+	rm -rf runs/demo
+	$(VENV)/bin/slicefine demo --output runs/demo
+
+test: $(READY)  ## run the tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
+
+check: $(READY)  ## lint, types, import order, tests
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
+	$(MAKE) test
+
+bench: $(READY)  ## measure step time, memory and start-up; writes into benchmarks/
+	$(RUN) benchmarks/step_time.py
+	$(RUN) benchmarks/saved_activations.py
+	$(RUN) benchmarks/startup.py
+
+clean:  ## remove the virtual environment and the demo's run
+	rm -rf $(VENV) runs/demo
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)

@@ -197,6 +197,18 @@ def test_kept_for_backward_is_what_the_docstring_says(piece):
     assert not held, "a tensor is stashed outside of the saved tensors"
 
 
+@pytest.mark.parametrize("piece", [PIECES[0], PIECES[2]], ids=str)
+def test_shapes_and_dtypes_on_the_meta_device(piece):
+    x, weight, b, g = tensors(torch.bfloat16)
+    master, index = master_of(weight, piece)
+    x, weight, b, g, index = (t.detach().to("meta") for t in (x, weight, b, g, index))
+    x.requires_grad_()
+    master = master.detach().to("meta").requires_grad_()
+    slice_linear(x, weight, b, master, index, piece.axis).backward(g)
+    assert (x.grad.shape, x.grad.dtype) == (x.shape, torch.bfloat16)
+    assert (master.grad.shape, master.grad.dtype) == (master.shape, torch.float32)
+
+
 def test_a_write_to_the_weight_makes_the_graph_stale():
     x, weight, b, g = tensors()
     master, index = master_of(weight, PIECES[0])

@@ -103,7 +103,9 @@ def slice_linear(
         `(..., d_out)`, the same bits as `F.linear` gives, also under autocast.
     """
     device = x.device.type
-    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:  # meta has no autocast to ask
+    if (
+        not x.is_meta and torch.is_autocast_enabled(device) and x.dtype is not torch.float64
+    ):  # meta has no autocast to ask
         # Cast here and not inside the function: backward runs outside of autocast and needs tensors of one dtype.
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)

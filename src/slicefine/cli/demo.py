@@ -1,0 +1,32 @@
+"""`slicefine demo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+NAME = "demo"
+HELP = "Fine-tune a real pretrained model on real text, offline, in a few minutes."
+
+
+def add(parser: ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("--output", type=str, default="runs/demo", help="Folder to make")
+
+
+def run(given: Any) -> int:
+    """Run the demo and print its summary; returns 0."""
+    from pathlib import Path
+
+    from slicefine.training.extras import require_train
+
+    require_train()
+    import transformers
+
+    from slicefine.demo.run import run_demo
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    print("", *run_demo(Path(given.get("output", "runs/demo"))), sep="\n")
+    return 0

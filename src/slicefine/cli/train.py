@@ -1,0 +1,70 @@
+"""`slicefine train RECIPE.yaml [--slice.r 5 ...] [--resume]`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+from slicefine.cli.quiet import quiet
+from slicefine.training import schema
+from slicefine.training.extras import require_train
+from slicefine.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from slicefine.training.record import RunRecord
+
+NAME = "train"
+HELP = "Fine-tune a model as a recipe says; every setting of the recipe can be given as a flag."
+
+
+def add(parser: ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.usage = "slicefine train RECIPE.yaml [--resume] [--section.setting VALUE ...]"
+    parser.add_argument("recipe", type=str, metavar="RECIPE.yaml", help="The recipe")
+    parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint of the run in `output`")
+    schema.add_arguments(parser, Recipe)
+
+
+def explain(error: ArgumentError) -> str | None:
+    """What is wrong with the value of a flag, in our words."""
+    return schema.explain(Recipe, error)
+
+
+def run(given: Any) -> int:
+    """Train; returns 0, or 130 after Ctrl-C."""
+    overrides = {key: value for key, value in vars(given.as_flat()).items() if key in schema.settings(Recipe)}
+    recipe = Recipe.load(given.recipe, overrides)
+    require_train()
+    quiet()
+    from slicefine.training.run import train
+
+    record = train(recipe, resume=bool(given.get("resume")))
+    print(summary(record, recipe.output))
+    return 130 if record.status == "interrupted" else 0
+
+
+def summary(record: RunRecord, output: str) -> str:
+    """What a run came to, in a few lines."""
+    if record.status == "interrupted":
+        return (
+            f"Interrupted after step {record.steps} of {record.planned_steps}. Go on with: "
+            f"slicefine train {output}/recipe.yaml --resume"
+        )
+    scores = [
+        f"{name:<12} {before:.4g} -> {record.metrics['after'][name]:.4g}"
+        for name, before in record.metrics["before"].items()
+        if name in record.metrics["after"]
+    ]
+    counts: Mapping[str, int | None] = record.parameters
+    return "\n".join(
+        [
+            *scores,
+            f"{'parameters':<12} {counts['active']:,} active, {counts['touched']:,} touched, {counts['added']} added",
+            f"{'steps':<12} {record.steps}, {record.moves} moves, {record.timings.get('train_seconds', 0):.1f} s",
+            f"{'adapter':<12} {record.artifact_bytes or 0:,} bytes, {output}/adapter",
+            f"{'next':<12} slicefine export {output} --as merged MODEL_FOLDER",
+        ]
+    )

@@ -1,0 +1,182 @@
+"""`SliceFineCallback` for transformers' Trainer: what the slices do, in its logs.
+
+Training does not need it: slices are trained and moved by the optimizer itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from slicefine.errors import SliceFineError, SliceFineWarning
+from slicefine.slicing import Slice
+from slicefine.tuner.inspection import active_slices, unmoved, update_norms
+from slicefine.tuner.layer import SliceLinear
+
+# The authors' runs make 5 to 10 moves.
+GOOD_MOVES = 8
+SHOWN_NAMES = 8
+
+
+class SliceFineCallback(TrainerCallback):
+    """Log what the slices do, and warn where they cannot do what was meant.
+
+    Adds to each of Trainer's training logs:
+
+    - `slicefine/moves`: moves made so far;
+    - `slicefine/position`: first index of the active slice of the first target;
+    - `slicefine/update_norm_mean`, `slicefine/update_norm_max`: over the targets, `||now - original|| / ||original||` of
+      the active slice;
+    - `slicefine/update_norm/<target>`, in the first log after a move: the same for the slice that has been finished.
+
+    Trackers see these values if their callback stands after this one:
+    `Trainer(..., callbacks=[SliceFineCallback(), TensorBoardCallback()])` with `report_to="none"`.
+
+    Warns (`SliceFineWarning`) when the run begins if it is too short for a single move, and when it ends of targets
+    whose slices did not change. Raises `SliceFineError` under FSDP, DeepSpeed and `nn.DataParallel`.
+    """
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _refuse_unsupported(args)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_unsupported(args)
+        assert model is not None
+        self._layers = tuned_layers(model)
+        self._moves = _moves(self._layers)
+        self._finished: dict[str, float] = {}
+        _warn_if_too_short(self._layers, steps_to_go=state.max_steps - state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if (moves := _moves(self._layers)) != self._moves:
+            self._moves = moves
+            self._finished = {
+                f"slicefine/update_norm/{name}": _update_norm(layer, _finished_slice(layer))
+                for name, layer in self._layers.items()
+            }
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or model is None or "loss" not in logs:  # a validation, or the summary at the end
+            return
+        norms = update_norms(model).values()
+        values = {
+            "slicefine/moves": self._moves,
+            "slicefine/position": next(iter(active_slices(model).values())).start,
+            "slicefine/update_norm_mean": statistics.fmean(norms),
+            "slicefine/update_norm_max": max(norms),
+            **self._finished,
+        }
+        self._finished = {}
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        still = unmoved(model)
+        if still:
+            more = f" and {len(still) - SHOWN_NAMES} more" if len(still) > SHOWN_NAMES else ""
+            warnings.warn(
+                f"Training changed nothing in the slices of {len(still)} of {len(self._layers)} targets: "
+                f"{', '.join(still[:SHOWN_NAMES])}{more}. Either no gradient reaches these layers, or the learning "
+                f"rate ({args.learning_rate}) is too small for their number format. Leave them out with `exclude_modules`, "
+                "raise the learning rate, or load the model in float32.",
+                SliceFineWarning,
+                stacklevel=2,
+            )
+
+
+def tuned_layers(model: nn.Module) -> dict[str, SliceLinear]:
+    """Target name -> its layer. Raises `SliceFineError` if no slicefine adapter is active in `model`."""
+    modules = dict(model.named_modules())
+    layers = {name: modules.get(name) or modules[f"base_model.model.{name}"] for name in active_slices(model)}
+    if not layers:
+        raise SliceFineError(
+            "Training needs an active slicefine adapter; that of the model is disabled. Activate it with `set_adapter`."
+        )
+    return {name: layer for name, layer in layers.items() if isinstance(layer, SliceLinear)}
+
+
+def _state(layer: SliceLinear) -> Any:
+    assert layer.installed is not None
+    return layer.slicefine_state[layer.installed]
+
+
+def progress(layers: dict[str, SliceLinear]) -> tuple[int, Any]:
+    """Optimizer steps made and the schedule; all layers of an adapter agree on both."""
+    state = _state(next(iter(layers.values())))
+    return state.step, state.schedule
+
+
+def _moves(layers: dict[str, SliceLinear]) -> int:
+    step, schedule = progress(layers)
+    return schedule.moves(step)
+
+
+def _finished_slice(layer: SliceLinear) -> Slice:
+    state = _state(layer)
+    return state.schedule.slice_at(state.step - 1, layer.shape)
+
+
+def _update_norm(layer: SliceLinear, piece: Slice) -> float:
+    """`||now - original|| / ||original||` over a touched slice."""
+    assert layer.installed is not None
+    where = layer.installed, piece.axis, tuple(piece.indices)
+    now, original = layer.trained_values(*where).float(), layer.original_values(*where).float()
+    return float((now - original).norm() / original.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _refuse_unsupported(args: TrainingArguments) -> None:
+    engines = [name for name, used in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)) if used]
+    if engines:
+        raise SliceFineError(
+            f"{' and '.join(engines)} cut the parameters that slices live in, which is not supported yet. Train on one "
+            "device or with plain data parallelism (DDP): leave `fsdp` and `deepspeed` out of TrainingArguments."
+        )
+    if args.n_gpu > 1:
+        raise SliceFineError(
+            f"Trainer would use nn.DataParallel over {args.n_gpu} GPUs, whose replicas lose the slices. Show it one "
+            "GPU (CUDA_VISIBLE_DEVICES=0), or start one process per GPU with torchrun."
+        )
+
+
+def _warn_if_too_short(layers: dict[str, SliceLinear], steps_to_go: int) -> None:
+    step, schedule = progress(layers)
+    end = step + steps_to_go
+    # A move after the last step would train nothing.
+    if schedule.slide_every is None or schedule.moves(end - 1) > 0:
+        return
+    fitting = max(1, end // GOOD_MOVES)
+    warnings.warn(
+        f"The run ends after {end} optimizer steps and the slices move every {schedule.slide_every}: they never move, and "
+        f"one position of each weight is all that is trained. Set slide_every={fitting} ({max(end - 1, 0) // fitting} "
+        "moves; the paper's runs make 5 to 10), train longer, or set slide_every=None if this is what you want.",
+        SliceFineWarning,
+        stacklevel=2,
+    )

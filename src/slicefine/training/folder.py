@@ -1,0 +1,95 @@
+"""The run folder, and whether a run may begin or go on in it:
+
+recipe.yaml     the recipe, defaults written out, paths absolute
+record.json     what ran, on what, how long, and how well
+adapter/        the PEFT adapter, the model's configuration and the tokenizer
+checkpoints/    transformers' checkpoints, to resume from
+logs/           TensorBoard
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slicefine.errors import SliceFineError, raise_all
+from slicefine.training import record
+from slicefine.training.recipe import Recipe
+from slicefine.training.record import RunRecord
+
+RECIPE = "recipe.yaml"
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+# A resumed run may differ in these and still be the same run.
+FREE_TO_CHANGE = {
+    "output",
+    "training.dataloader_num_workers",
+    "training.per_device_eval_batch_size",
+    "training.report_to",
+    "training.save_total_limit",
+}
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise `SliceFineError` unless `folder` is new or empty."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / record.FILE).is_file():
+        what = "has other files in it" if folder.is_dir() else "is a file"
+        raise SliceFineError(f"`output` is a new or empty folder; {folder} {what}. Choose another with --output.")
+    status = RunRecord.read(folder).status
+    resume = "Go on with it with --resume, or choose" if last_checkpoint(folder) and status != "finished" else "Choose"
+    raise SliceFineError(
+        f"`output` is a new or empty folder; {folder} holds another run ({status}). {resume} another with --output."
+    )
+
+
+def checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path:
+    """The checkpoint to go on from. Raises `SliceFineError` if the run in `folder` is over, or not that of `recipe`."""
+    if not (folder / RECIPE).is_file():
+        raise SliceFineError(
+            f"--resume goes on with the run in `output`; there is none in {folder}. Start it without --resume."
+        )
+    saved = Recipe.load(folder / RECIPE).flat()
+    changed = [
+        f"`{key}` was {saved[key]!r} and is {value!r} now."
+        for key, value in recipe.flat().items()
+        if value != saved[key] and key not in FREE_TO_CHANGE
+    ]
+    if changed:
+        changed.append(f"Resume with the recipe {folder / RECIPE}, or start another run with --output.")
+    raise_all(changed, f"--resume goes on with the same recipe; the run in {folder} has another")
+    if RunRecord.read(folder).status == "finished":
+        raise SliceFineError(
+            f"The run in {folder} is finished; nothing is left to resume. Start another with --output."
+        )
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise SliceFineError(
+            f"--resume goes on from a checkpoint; there is none in {folder / CHECKPOINTS}. Delete {folder} and start again "
+            "without --resume. (`training.save_steps` decides how often checkpoints are written.)"
+        )
+    return checkpoint
+
+
+def refuse_other_data(saved: RunRecord, data: dict[str, Any], folder: Path) -> None:
+    """Raise `SliceFineError` unless a run goes on with the examples it began with."""
+    changed = [name for name in data if saved.data.get(name) != data[name]]
+    if changed:
+        raise SliceFineError(
+            f"--resume goes on with the same examples; since the run in {folder} began, {' and '.join(changed)} changed "
+            f"(was {[saved.data.get(name) for name in changed]}, is {[data[name] for name in changed]}). Put the data "
+            "back, or start another run with --output."
+        )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint of a run. Trainer writes its state last: one without it was cut off."""
+    found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps made when a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])

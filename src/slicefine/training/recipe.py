@@ -1,0 +1,256 @@
+"""The recipe of a run: typed settings, read from YAML, overridden from the command line, checked all at once.
+
+The line under each field is its `--help`. Nothing heavy is imported here (no torch), so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from slicefine.errors import SliceFineError, did_you_mean, raise_all
+from slicefine.slicing import Schedule
+from slicefine.training import schema
+from slicefine.training.data import SUFFIXES
+from slicefine.training.tasks import TASKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The pretrained model."""
+
+    name: str
+    """Hub name, or folder, of the pretrained model and its tokenizer"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto = as they are stored"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """The examples: .jsonl, .csv or .parquet files, or a data set of the hub."""
+
+    train: str
+    """File (.jsonl, .csv, .parquet), or hub name, of the training examples"""
+    validation: float | str = 0.1
+    """File, split of the hub data set, or fraction of the training examples to split off (0 to 1)"""
+    subset: str | None = None
+    """Configuration of a hub data set, e.g. sst2 of glue"""
+    train_split: str = "train"
+    """Split of a hub data set to train on"""
+    text: str = "text"
+    """Column of the text"""
+    text_pair: str | None = None
+    """Column of the second text, for pairs; null = single texts"""
+    label: str = "label"
+    """Column of the label, an integer or a string"""
+    max_length: int = 256
+    """Longest input in tokens; what is longer is cut"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceSettings:
+    """What is trained: the settings of SliceFineConfig."""
+
+    r: int = 5
+    """Rank: rows or columns in a slice"""
+    axis: Literal["row", "column", "alternate"] = "alternate"
+    """row (output features), column (input features), or alternate"""
+    slide_every: int | None = 500
+    """Optimizer steps per position; null = the slice never moves"""
+    order: Literal["sweep", "random"] = "sweep"
+    """sweep (adjacent positions) or random (all positions once, then again in a new order)"""
+    seed: int = 0
+    """Seed of the random order"""
+    target_modules: str | list[str] = "all-linear"
+    """Names or suffixes of layers, a regular expression, or all-linear"""
+    exclude_modules: str | list[str] | None = None
+    """Names or suffixes, or a regular expression, of layers to leave alone"""
+    layers_to_transform: int | list[int] | None = None
+    """Index or indices of the blocks to train; null = all"""
+    layers_pattern: str | list[str] | None = None
+    """Name of the list of blocks that layers_to_transform counts in"""
+    modules_to_save: list[str] | None = None
+    """Further modules to train in full and save (new layers, e.g. the classifier, always are)"""
+    bias: Literal["none", "slicefine_only"] = "none"
+    """slicefine_only = train the biases of the targeted layers too"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How it is trained: names as in transformers' TrainingArguments."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW"""
+    num_train_epochs: float = 3.0
+    """Passes over the training examples"""
+    max_steps: int = -1
+    """Length of the run in optimizer steps, in place of num_train_epochs; -1 = as num_train_epochs says"""
+    per_device_train_batch_size: int = 16
+    """Examples per forward pass in training"""
+    per_device_eval_batch_size: int = 64
+    """Examples per forward pass in validation"""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step"""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "cosine"
+    """Shape of the learning rate over the run"""
+    warmup_steps: float = 0.06
+    """Optimizer steps until the peak learning rate; below 1 = fraction of the run"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay; above 0 it shrinks pretrained weights"""
+    max_grad_norm: float = 1.0
+    """Norm that gradients are clipped to; 0 = no clipping"""
+    eval_steps: int | None = None
+    """Optimizer steps between validations; null = at the end of each epoch"""
+    save_steps: int | None = None
+    """Optimizer steps between checkpoints; null = at the end of each epoch"""
+    save_total_limit: int | None = 2
+    """Checkpoints to keep; null = all"""
+    logging_steps: int = 10
+    """Optimizer steps between logs"""
+    seed: int = 42
+    """Seed of the new layers, the order of examples and dropout"""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast)"""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time"""
+    dataloader_num_workers: int = 0
+    """Processes that prepare batches; 0 = the main one"""
+    report_to: str | list[str] = "tensorboard"
+    """Where logs go: tensorboard (into the run folder), none, or other trackers that transformers knows"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides a run."""
+
+    task: str
+    """What the model learns: text-classification"""
+    model: ModelSettings
+    data: DataSettings
+    output: str
+    """Run folder, made by the run"""
+    slice: SliceSettings = field(default_factory=SliceSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """Read a YAML recipe; `overrides` maps dotted keys (`"slice.r"`) to values that win over the file's.
+
+        Raises `SliceFineError` with every problem of the file and of the values.
+        """
+        given, problems = schema.flatten(cls, schema.read_yaml(Path(path)))
+        given |= overrides or {}
+        values: dict[str, Any] = {}
+        for key, value in given.items():
+            try:
+                values[key] = schema.typed(cls, key, value)
+            except SliceFineError as error:
+                problems.append(str(error))
+        required = [key for key, setting in schema.settings(cls).items() if setting.default is schema.REQUIRED]
+        problems += [f"`{key}` is missing: {_help(key)}." for key in required if key not in given]
+        if all(key in values for key in required):
+            recipe = cls.from_flat(values)
+            raise_all(problems + recipe.problems(), f"Recipe {path}")
+            return recipe
+        raise_all(problems, f"Recipe {path}")
+        raise AssertionError("a required setting without a value is a problem")
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from dotted keys; what is not named keeps its default."""
+        nested: dict[str, Any] = {section: {} for section in schema.sections(cls)}
+        for key, value in values.items():
+            section, _, name = key.rpartition(".")
+            (nested[section] if section else nested)[name] = value
+        return cls(**nested | {section: kind(**nested[section]) for section, kind in schema.sections(cls).items()})
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted key."""
+        values: dict[str, Any] = {}
+        for key in schema.settings(Recipe):
+            section, _, name = key.rpartition(".")
+            values[key] = getattr(getattr(self, section) if section else self, name)
+        return values
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, defaults written out; `Recipe.load` reads it back to an equal recipe."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+    def resolved(self) -> Recipe:
+        """The same recipe with absolute paths, so that it means the same from any working directory."""
+        local = {
+            key: str(Path(value).resolve())
+            for key, value in self.flat().items()
+            if key in ("model.name", "data.train", "data.validation")
+            and isinstance(value, str)
+            and Path(value).exists()
+        }
+        return Recipe.from_flat({**self.flat(), **local, "output": str(Path(self.output).resolve())})
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the values, one sentence each; empty if nothing is."""
+        found = []
+        values = self.flat()
+        if self.task not in TASKS:
+            found.append(f"`task` is one of {', '.join(TASKS)}; got {self.task!r}.{did_you_mean(self.task, TASKS)}")
+        for key, least in _AT_LEAST.items():
+            if values[key] is not None and not values[key] >= least:
+                found.append(f"`{key}` is at least {least}; got {values[key]}.")
+        for key in ("training.learning_rate", "training.num_train_epochs"):
+            if not values[key] > 0:
+                found.append(f"`{key}` is above 0; got {values[key]}.")
+        if self.training.max_steps < 1 and self.training.max_steps != -1:
+            found.append(f"`training.max_steps` is at least 1, or -1 for none; got {self.training.max_steps}.")
+        fraction = self.data.validation
+        if not isinstance(fraction, str) and not 0 < fraction < 1:
+            found.append(f"`data.validation` as a fraction lies between 0 and 1, ends excluded; got {fraction}.")
+        for key in ("model.name", "data.train", "data.validation", "data.text", "data.label", "output"):
+            if values[key] == "":
+                found.append(f"`{key}` is empty: {_help(key)}.")
+        if Path(self.data.train).suffix.lower() in SUFFIXES:
+            found += [
+                f"`data.{name}` is for data sets of the hub; {self.data.train} is a file. Leave it out."
+                for name in ("subset", "train_split")
+                if values[f"data.{name}"] != schema.settings(Recipe)[f"data.{name}"].default
+            ]
+        columns = [column for column in (self.data.text, self.data.text_pair, self.data.label) if column]
+        if len(set(columns)) < len(columns):
+            found.append(
+                f"`data.text`, `data.text_pair` and `data.label` are different columns; got {', '.join(columns)}."
+            )
+        # The schedule names its settings without their section.
+        return found + [problem.replace("`", "`slice.", 1) for problem in self.slice_schedule.problems()]
+
+    @property
+    def slice_schedule(self) -> Schedule:
+        """Where the slices will be."""
+        names = [item.name for item in dataclasses.fields(Schedule)]
+        return Schedule(**{name: getattr(self.slice, name) for name in names})
+
+
+_AT_LEAST = {
+    "data.max_length": 1,
+    "training.per_device_train_batch_size": 1,
+    "training.per_device_eval_batch_size": 1,
+    "training.gradient_accumulation_steps": 1,
+    "training.warmup_steps": 0,
+    "training.weight_decay": 0,
+    "training.max_grad_norm": 0,
+    "training.eval_steps": 1,
+    "training.save_steps": 1,
+    "training.save_total_limit": 1,
+    "training.logging_steps": 1,
+    "training.seed": 0,
+    "training.dataloader_num_workers": 0,
+}
+
+
+def _help(key: str) -> str:
+    return schema.settings(Recipe)[key].help

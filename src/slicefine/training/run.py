@@ -1,0 +1,236 @@
+"""One run from a recipe to a run folder (see `folder.py`).
+
+Everything that can be wrong is found before the folder is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from peft import get_peft_model
+from peft.peft_model import PeftModel
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
+
+from slicefine.errors import SliceFineError, did_you_mean, raise_all
+from slicefine.training import folder as folders
+from slicefine.training import record as records
+from slicefine.training.callback import SliceFineCallback
+from slicefine.training.progress import Interrupt, SliceFineProgress, StepTimer
+from slicefine.training.recipe import Recipe
+from slicefine.training.record import RunRecord
+from slicefine.training.tasks import Prepared, Task, get_task
+from slicefine.tuner import SliceFineConfig, parameter_counts
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> RunRecord:
+    """Run a recipe; with `resume`, go on from the last checkpoint in its run folder.
+
+    The first Ctrl-C ends the run after the step at hand, with a checkpoint and the status `"interrupted"`; the second
+    raises `KeyboardInterrupt` at once.
+
+    Raises `SliceFineError` for what is wrong with recipe, data, model or run folder, before the folder is changed.
+    """
+    raise_all(recipe.problems() + _setting_problems(recipe), "Recipe")
+    recipe = recipe.resolved()
+    folder = Path(recipe.output)
+    checkpoint = folders.checkpoint_to_resume(recipe, folder) if resume else None
+    if not checkpoint:
+        folders.refuse_used(folder)
+    config, arguments = _slice_config(recipe), _arguments(recipe, folder)
+    task = get_task(recipe.task)
+    examples = task.read(recipe.data)
+    saved = RunRecord.read(folder) if checkpoint else None
+    if saved:
+        folders.refuse_other_data(saved, examples.summary(), folder)
+
+    transformers.set_seed(recipe.training.seed)
+    prepared = task.prepare(recipe, examples)
+    model = _attach(prepared, config, task)
+    record = saved or RunRecord(
+        task=recipe.task,
+        model=recipe.model.name,
+        seed=recipe.training.seed,
+        started=records.now(),
+        data=examples.summary(),
+        modules_to_save=_modules_to_save(model),
+        planned_steps=planned_steps(len(prepared.train), recipe),
+    )
+    if checkpoint:
+        record.resumed_from.append(folders.step_of(checkpoint))
+    record.status, record.ended = "running", None
+    record.versions, record.commit, record.hardware = records.versions(), records.commit(), records.hardware()
+    record.parameters = dataclasses.asdict(parameter_counts(model, record.planned_steps))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write_atomically(folder / folders.RECIPE, recipe.to_yaml())
+    record.write(folder)
+    try:
+        _run(recipe, arguments, prepared, model, record, checkpoint)
+    except BaseException as error:
+        record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        raise
+    finally:
+        record.ended = records.now()
+        record.write(folder)
+    return record
+
+
+def planned_steps(examples: int, recipe: Recipe) -> int:
+    """Length of the run in optimizer steps, counted as Trainer counts."""
+    training = recipe.training
+    if training.max_steps > 0:
+        return training.max_steps
+    batches = math.ceil(examples / training.per_device_train_batch_size)
+    return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
+
+
+def _run(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    prepared: Prepared,
+    model: PeftModel,
+    record: RunRecord,
+    checkpoint: Path | None,
+) -> None:
+    """Validate, train, validate and save; fills `record`."""
+    folder = Path(recipe.output)
+    timer, interrupt = StepTimer(), Interrupt()
+    trainer = Trainer(
+        model=cast(Any, model),  # Trainer takes a PeftModel; its annotation does not say so
+        args=arguments,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.validation,
+        processing_class=prepared.tokenizer,
+        data_collator=prepared.collator,
+        compute_metrics=prepared.compute_metrics,
+        callbacks=[SliceFineCallback(), *_trackers(recipe, folder), SliceFineProgress(), timer, interrupt],
+    )
+    trainer.remove_callback(PrinterCallback)  # Trainer's stand-in for the bar that `disable_tqdm` takes away
+    if checkpoint is None:
+        record.metrics["before"] = _scores(trainer.evaluate())
+    seconds_before = record.timings.get("train_seconds", 0.0)
+    began = time.perf_counter()
+    try:
+        with interrupt.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        seconds = seconds_before + time.perf_counter() - began
+        record.timings = {"train_seconds": round(seconds, 3), **timer.summary()}
+        record.steps = trainer.state.global_step
+        record.moves = recipe.slice_schedule.moves(record.steps)
+        record.parameters = dataclasses.asdict(parameter_counts(model, record.planned_steps))
+    if interrupt.asked and record.steps < record.planned_steps:
+        record.status = "interrupted"
+        return
+    record.metrics["after"] = _scores(_last_validation(trainer.state) or trainer.evaluate())
+    record.artifact_bytes = _save_adapter(model, prepared, folder / folders.ADAPTER)
+    record.status = "finished"
+
+
+def _setting_problems(recipe: Recipe) -> list[str]:
+    """What only the installed packages and the environment can tell."""
+    known = [*INTEGRATION_TO_CALLBACK, "none"]
+    problems = [
+        f"`training.report_to` names trackers that transformers knows; got {name!r}.{did_you_mean(name, known)}"
+        for name in _report_to(recipe)
+        if name not in known
+    ]
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        problems.append(
+            f"`slicefine train` runs in one process; WORLD_SIZE is {processes}. Start it without torchrun or accelerate "
+            "launch, or use SliceFineConfig in a training script of your own."
+        )
+    return problems
+
+
+def _report_to(recipe: Recipe) -> list[str]:
+    names = recipe.training.report_to
+    return [names] if isinstance(names, str) else names
+
+
+def _slice_config(recipe: Recipe) -> SliceFineConfig:
+    return SliceFineConfig(**dataclasses.asdict(recipe.slice))
+
+
+def _attach(prepared: Prepared, config: SliceFineConfig, task: Task) -> PeftModel:
+    """Put slices into the model; new layers, which have no pretrained weight to slice, are trained in full."""
+    covered = {*SEQ_CLS_HEAD_NAMES, *(config.modules_to_save or [])}
+    new = [name for name in prepared.new_modules if not covered & set(name.split("."))]
+    if new:
+        config.modules_to_save = [*(config.modules_to_save or []), *new]
+    config.task_type = cast(Any, task.PEFT_TASK_TYPE)  # PEFT takes the name for its enum
+    return cast(PeftModel, get_peft_model(prepared.model, config))
+
+
+def _modules_to_save(model: PeftModel) -> list[str]:
+    """The modules trained in full. PEFT's setting lists all usual names of a head, of which a model has one."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    wanted = getattr(model.peft_config["default"], "modules_to_save", None) or []
+    return sorted(module for module in set(wanted) if any(name.endswith(f".{module}") for name in names))
+
+
+def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    trackers = [name for name in _report_to(recipe) if name != "tensorboard"]
+    settings: dict[str, Any] = dataclasses.asdict(recipe.training) | {"report_to": trackers or "none"}
+    try:
+        return TrainingArguments(
+            **settings,
+            output_dir=str(folder / folders.CHECKPOINTS),
+            eval_strategy="epoch" if recipe.training.eval_steps is None else "steps",
+            save_strategy="epoch" if recipe.training.save_steps is None else "steps",
+            logging_first_step=True,
+            label_names=["labels"],
+            use_cpu=not torch.accelerator.is_available(),
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            disable_tqdm=True,
+        )
+    except ValueError as error:  # bf16 on a GPU that cannot, say
+        raise SliceFineError(f"`training`: transformers refuses these settings: {error}") from error
+
+
+def _trackers(recipe: Recipe, folder: Path) -> list[TrainerCallback]:
+    """TensorBoard, writing into the run folder, behind the callback whose values it is to show."""
+    if "tensorboard" not in _report_to(recipe):
+        return []
+    tensorboard = TensorBoardCallback()
+    tensorboard.logging_dir = str(folder / folders.LOGS)
+    return [tensorboard]
+
+
+def _last_validation(state: TrainerState) -> dict[str, float] | None:
+    """The figures of the validation that was made after the last step, if there was one."""
+    made = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == state.global_step]
+    return made[-1] if made else None
+
+
+def _scores(metrics: dict[str, float]) -> dict[str, float]:
+    """The scores among Trainer's validation figures: no speeds, no prefix."""
+    speeds = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+    return {key: value for key, value in named.items() if key not in speeds}
+
+
+def _save_adapter(model: PeftModel, prepared: Prepared, folder: Path) -> int:
+    """Write `adapter/`, all or nothing; returns the bytes of the adapter's weights and configuration."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        model.save_pretrained(str(temporary))
+        size = sum(file.stat().st_size for file in temporary.glob("adapter_*"))
+        # With the model's configuration (classes, dtype) beside it, the adapter can be loaded without the run.
+        prepared.model.config.save_pretrained(temporary)
+        prepared.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return size

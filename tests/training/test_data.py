@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from slicefine import SliceFineError
+from slicefine.training.data import SHOWN_PROBLEMS, read_table
+
+COLUMNS = ["text", "label"]
+
+
+def refusal(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SliceFineError) as error:
+        read_table(str(path), COLUMNS)
+    return str(error.value)
+
+
+def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
+    rows = [{"text": 'None, "quoted"\nand two lines', "label": "1"}, {"text": "é", "label": "b"}]
+    (tmp_path / "a.jsonl").write_bytes(b"".join(json.dumps(row).encode() + b"\r\n\n" for row in rows))
+    (tmp_path / "a.csv").write_bytes(
+        b'\xef\xbb\xbflabel,other,text\r\n1,x,"None, ""quoted""\nand two lines"\r\n\r\nb,y,\xc3\xa9\r\n'
+    )
+    datasets.Dataset.from_list([{"other": 0, **row} for row in rows]).to_parquet(tmp_path / "a.parquet")
+    jsonl, csv, parquet = (read_table(str(tmp_path / f"a.{kind}"), COLUMNS) for kind in ("jsonl", "csv", "parquet"))
+    assert jsonl.rows == csv.rows == parquet.rows == rows
+    assert jsonl.places == [f"{tmp_path / 'a.jsonl'}:1", f"{tmp_path / 'a.jsonl'}:3"]
+    assert csv.places == [f"{tmp_path / 'a.csv'}:3", f"{tmp_path / 'a.csv'}:5"]  # the line a row ends in
+    assert parquet.places == [f"{tmp_path / 'a.parquet'}, row 1", f"{tmp_path / 'a.parquet'}, row 2"]
+    assert jsonl.typed
+    assert not csv.typed
+
+
+def test_the_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\na,b\n")
+    first = read_table(str(path), COLUMNS).fingerprint
+    assert first == read_table(str(path), COLUMNS).fingerprint
+    path.write_text("text,label\na,c\n")
+    assert read_table(str(path), COLUMNS).fingerprint != first
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(SliceFineError, match=r"trian\.jsonl does not exist\. Did you mean 'train\.jsonl'\?"):
+        read_table(str(tmp_path / "trian.jsonl"), COLUMNS)
+    with pytest.raises(SliceFineError, match="is a folder"):
+        read_table(str(tmp_path), COLUMNS)
+
+
+def test_unknown_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").touch()
+    with pytest.raises(SliceFineError, match=r"A data file is \.jsonl, \.csv, \.parquet; got .*a\.tsv"):
+        read_table(str(tmp_path / "a.tsv"), COLUMNS)
+
+
+def test_broken_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = ['{"text": "a", "label": 1}', '{"text": "a", }', "[1]", '{"text": "b"}', '{"text": "\\ud800", "label": 1}']
+    message = refusal(path, "\n".join(lines))
+    assert f"{path}:2: not valid JSON at character 15" in message
+    assert f"{path}:3: each line is a JSON object; got '[1]'" in message
+    assert f"{path}:4: no column 'label'; there are 'text'." in message
+    assert f"{path}:5: '\\ud800' is half of a surrogate pair" in message
+
+
+def test_broken_csv(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    assert f"{path}:1: no column 'text'; there are 'txt', 'label'. Did you mean 'txt'?" in refusal(
+        path, "txt,label\na,b\n"
+    )
+    assert (
+        f"{path}:3: 3 fields where the header has 2. A text with a comma in it goes between double quotes"
+        in refusal(path, "text,label\na,b\na, b,c\n")
+    )
+    assert f"{path}:2: not valid CSV" in refusal(path, 'text,label\n"a"x,b\n')
+
+
+@pytest.mark.parametrize(("kind", "first"), [("csv", b"text,label\n"), ("jsonl", b'{"text": "a", "label": 1}\n')])
+def test_not_utf8(tmp_path: Path, kind: str, first: bytes) -> None:
+    path = tmp_path / f"a.{kind}"
+    assert f"{path}:2: byte 4 of the line, 0xe9, is not UTF-8." in refusal(path, first + b"caf\xe9,b\n")
+
+
+def test_broken_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    assert f"{path}: not a complete Parquet file" in refusal(path, b"PAR1 and no more")
+    datasets.Dataset.from_list([{"a": 1}]).to_parquet(path)
+    with pytest.raises(SliceFineError, match="no column 'text', 'label'; there are 'a'"):
+        read_table(str(path), COLUMNS)
+
+
+def test_many_problems_are_counted(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "a.jsonl", "x\n" * (SHOWN_PROBLEMS + 5))
+    assert message.count("not valid JSON") == SHOWN_PROBLEMS
+    assert "and 5 more like these." in message
+
+
+def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        asked.append((args, kwargs))
+        features = datasets.Features(
+            text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]), idx=datasets.Value("int32")
+        )
+        return datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0], "idx": [0, 1]}, features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    table = read_table("nyu-mll/glue", COLUMNS, subset="sst2", split="validation")
+    assert asked == [(("nyu-mll/glue", "sst2"), {"split": "validation"})]
+    assert table.rows == [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    assert table.class_names == {"label": ["no", "yes"]}
+    assert table.places[1] == "nyu-mll/glue, split validation, row 2"
+    with pytest.raises(SliceFineError, match="no column 'sentence'; there are 'text', 'label', 'idx'"):
+        read_table("nyu-mll/glue", ["sentence"])
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub\nwith details")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(SliceFineError, match=r"'nobody/nothing' is no file here .*Couldn't reach[^\n]*$"):
+        read_table("nobody/nothing", COLUMNS)

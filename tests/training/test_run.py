@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, Trainer
+
+from slicefine import SliceFineError, SliceFineWarning
+from slicefine.training.export import export
+from slicefine.training.folder import last_checkpoint
+from slicefine.training.progress import StepTimer
+from slicefine.training.recipe import Recipe
+from slicefine.training.record import RunRecord
+from slicefine.training.run import train
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("src/**/*.yaml")])
+PLAIN = """
+import sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, out = sys.argv[1:]
+model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+batch = AutoTokenizer.from_pretrained(folder)(["ball soup", "moon star star"], padding=True, return_tensors="pt")
+torch.save((model(**batch).logits, model.config.id2label), out)
+assert not {name for name in sys.modules if name.split(".")[0] in ("slicefine", "peft")}
+"""
+
+
+def override(settings: dict[str, Any], **values: Any) -> Recipe:
+    return Recipe.from_flat(settings | {key.replace("__", "."): value for key, value in values.items()})
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send ourselves SIGINT, as Ctrl-C does, when `step` optimizer steps have been made in this process."""
+    end_step = StepTimer.on_step_end
+
+    def on_step_end(self: StepTimer, *args: Any, **kwargs: Any) -> None:
+        end_step(self, *args, **kwargs)
+        if len(self.seconds) == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(StepTimer, "on_step_end", on_step_end)
+
+
+def trained_logits(folder: Path, settings: dict[str, Any]) -> torch.Tensor:
+    """Logits of the base model with the adapter of a run on top."""
+    base = AutoModelForSequenceClassification.from_pretrained(settings["model.name"], num_labels=3)
+    model = PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    with torch.no_grad():
+        return model(**tokenizer(["ball soup", "moon star star"], padding=True, return_tensors="pt")).logits
+
+
+def test_from_recipe_to_plain_transformers(settings: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.from_flat(settings)
+    record = train(recipe)
+    folder = tmp_path / "run"
+
+    assert record == RunRecord.read(folder)
+    assert (record.status, record.steps, record.planned_steps, record.moves) == ("finished", 12, 12, 3)
+    assert record.parameters["added"] == 0
+    assert record.parameters["touched"] == record.parameters["planned"]
+    assert record.modules_to_save == ["classifier"]
+    assert set(record.metrics["before"]) == set(record.metrics["after"]) == {"loss", "accuracy", "f1_macro"}
+    assert record.timings["train_seconds"] > 12 * record.timings["step_seconds_mean"] * 0.9 > 0
+    assert record.data["train"]["examples"] == 36
+    assert record.data["classes"] == ["food", "space", "sport"]
+    assert record.artifact_bytes == sum(file.stat().st_size for file in (folder / "adapter").glob("adapter_*"))
+    assert record.versions["torch"] == torch.__version__
+    assert record.hardware["cores"] == os.cpu_count()
+    assert Recipe.load(folder / "recipe.yaml") == recipe.resolved()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter",
+        "checkpoints",
+        "logs",
+        "recipe.yaml",
+        "record.json",
+    ]
+    assert not (Path.cwd() / "runs").exists()  # where TensorBoard writes if nobody tells it where
+
+    out = export(folder, "merged", tmp_path / "model")
+    subprocess.run([sys.executable, "-c", PLAIN, str(out), str(tmp_path / "logits")], check=True)
+    logits, id2label = torch.load(tmp_path / "logits")
+    assert torch.equal(logits, trained_logits(folder, settings))
+    assert id2label == {0: "food", 1: "space", 2: "sport"}
+
+    events = EventAccumulator(str(folder / "logs")).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "eval/accuracy", "train/slicefine/moves", "train/slicefine/update_norm_max"} <= tags
+    assert "train/slicefine/update_norm/bert.encoder.layer.0.attention.self.query" in tags
+    assert [event.value for event in events.Scalars("train/slicefine/moves")] == [0, 0, 1, 1, 2, 2, 3]
+
+
+def test_the_artifact_and_exported_model_are_of_the_trained_weights(settings: dict[str, Any], tmp_path: Path) -> None:
+    train(Recipe.from_flat(settings))
+    export(tmp_path / "run" / "adapter", "merged", tmp_path / "model")  # an adapter folder will do
+    base = load_file(Path(settings["model.name"]) / "model.safetensors")
+    trained = load_file(tmp_path / "model" / "model.safetensors")
+    query = "encoder.layer.0.attention.self.query.weight"
+    changed = (base[query] != trained[f"bert.{query}"]).nonzero()
+    # Two rows, then two columns, then the next two rows: axis = alternate, r = 2, positions at steps 0, 4 and 8.
+    assert set(changed[:, 0].tolist()) == set(range(32))
+    assert {tuple(index) for index in changed.tolist()} <= {
+        (i, j) for i in range(32) for j in range(32) if i < 4 or j < 2
+    }
+    assert torch.equal(base["embeddings.word_embeddings.weight"], trained["bert.embeddings.word_embeddings.weight"])
+
+
+def test_learns(settings: dict[str, Any]) -> None:
+    record = train(
+        override(
+            settings,
+            slice__slide_every=20,
+            slice__r=8,
+            training__learning_rate=2e-2,
+            training__num_train_epochs=20,
+            training__eval_steps=200,
+            training__save_steps=200,
+            training__report_to="none",
+        )
+    )
+    assert record.metrics["before"]["accuracy"] < 0.6
+    assert record.metrics["after"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("stop", "changed"),
+    [(7, {}), (6, {}), (6, {"training.save_steps": 4}), (8, {"training.eval_steps": 4, "training.save_steps": 4})],
+    ids=["within an epoch", "end of an epoch", "end of an epoch, no checkpoint due", "checkpoint and validation due"],
+)
+def test_interrupted_and_resumed_is_bit_identical(
+    stop: int,
+    changed: dict[str, Any],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings |= changed
+    whole = override(settings, output=str(tmp_path / "whole"), slice__order="random")
+    train(whole)
+    torch.manual_seed(1234)  # nothing outside of the checkpoint decides how a run goes on
+
+    recipe = override(settings, slice__order="random")
+    with monkeypatch.context() as patch:
+        interrupt_at(stop, patch)
+        record = train(recipe)
+    folder = tmp_path / "run"
+    assert (record.status, record.steps) == ("interrupted", stop)
+    assert RunRecord.read(folder).status == "interrupted"
+    assert (folder / "checkpoints" / f"checkpoint-{stop}").is_dir()
+    assert not (folder / "adapter").exists()
+    assert "Stopping after this step" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    with pytest.raises(SliceFineError, match=r"holds another run \(interrupted\)\. Go on with it with --resume"):
+        train(recipe)
+    with pytest.raises(SliceFineError, match="has no adapter yet"):
+        export(folder, "merged", tmp_path / "model")
+
+    record = train(Recipe.load(folder / "recipe.yaml"), resume=True)
+    assert (record.status, record.steps, record.resumed_from) == ("finished", 12, [stop])
+    assert record.metrics == RunRecord.read(tmp_path / "whole").metrics
+    for name in ("adapter_model.safetensors", "adapter_config.json", "config.json"):
+        assert (folder / "adapter" / name).read_bytes() == (tmp_path / "whole" / "adapter" / name).read_bytes(), name
+
+    with pytest.raises(SliceFineError, match="is finished; nothing is left to resume"):
+        train(recipe, resume=True)
+
+
+def test_a_second_interrupt_stops_at_once(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(3, monkeypatch)
+    save = Trainer._save_checkpoint
+
+    def on_save(self: Trainer, *args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        save(self, *args)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", on_save)
+    recipe = Recipe.from_flat(settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    record = RunRecord.read(Path(recipe.output))
+    assert (record.status, record.steps) == ("interrupted", 3)
+    with pytest.raises(SliceFineError, match="goes on from a checkpoint; there is none"):
+        train(recipe, resume=True)
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(7, monkeypatch)
+    train(Recipe.from_flat(settings))
+    folder = Path(settings["output"])
+    (folder / "checkpoints" / "checkpoint-9").mkdir()
+    assert last_checkpoint(folder) == folder / "checkpoints" / "checkpoint-7"
+
+
+def test_resume_refuses_another_run(settings: dict[str, Any], data_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.from_flat(settings)
+    with pytest.raises(SliceFineError, match=r"there is none in .*run\. Start it without --resume"):
+        train(recipe, resume=True)
+    with monkeypatch.context() as patch:
+        interrupt_at(7, patch)
+        train(recipe)
+    before = sorted(Path(recipe.output).rglob("*")), (Path(recipe.output) / "record.json").read_bytes()
+
+    with pytest.raises(SliceFineError) as error:
+        train(override(settings, slice__r=3, training__learning_rate=1.0), resume=True)
+    assert "`slice.r` was 2 and is 3 now." in str(error.value)
+    assert "`training.learning_rate` was 0.005 and is 1.0 now." in str(error.value)
+    with data_file.open("a") as file:
+        file.write('{"text": "ball", "label": "sport"}\n')
+    with pytest.raises(SliceFineError, match=r"since the run in .* began, train and validation changed"):
+        train(recipe, resume=True)
+    assert before == (sorted(Path(recipe.output).rglob("*")), (Path(recipe.output) / "record.json").read_bytes())
+
+
+def test_used_output(settings: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe.from_flat(settings)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    with pytest.raises(SliceFineError, match=r"is a new or empty folder; .*run has other files in it"):
+        train(recipe)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").touch()
+    with pytest.raises(SliceFineError, match=r"run is a file\. Choose another with --output"):
+        train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("settings_changed", "says"),
+    [
+        ({"data.train": "absent.jsonl"}, "absent.jsonl does not exist"),
+        ({"data.text": "txt"}, "no column 'txt'; there are 'text', 'label'. Did you mean 'text'?"),
+        ({"data.max_length": 1000}, "at most what"),
+        ({"model.name": "/absent/model"}, "did not load"),
+        ({"slice.target_modules": ["qery"]}, "Did you mean 'query'?"),
+        ({"slice.layers_pattern": "layer"}, "`layers_pattern` says where"),
+        ({"training.report_to": "tensorbord"}, "Did you mean 'tensorboard'?"),
+        ({"training.learning_rate": -1.0}, "`training.learning_rate` is above 0; got -1.0."),
+        ({"task": "clasification"}, "Did you mean 'text-classification'?"),
+    ],
+)
+def test_nothing_is_written_when_something_is_wrong(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    settings_changed: dict[str, Any],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SliceFineError) as error:
+        train(Recipe.from_flat(settings | settings_changed))
+    assert says in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_transformers_refuses(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # bf16 on a GPU that is not there
+    with pytest.raises(SliceFineError, match=r"`training`: transformers refuses these settings: .*bf16"):
+        train(override(settings, training__bf16=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_is_found_before_the_model_is_looked_for(settings: dict[str, Any], data_file: Path) -> None:
+    data_file.write_text("{")
+    with pytest.raises(SliceFineError, match=r"train\.jsonl:1: not valid JSON"):
+        train(Recipe.from_flat(settings | {"model.name": "/absent"}))
+
+
+def test_one_process_only(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SliceFineError, match="runs in one process; WORLD_SIZE is 2"):
+        train(recipe)
+
+
+def test_a_failure_is_on_record(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Trainer, "training_step", fail)
+    with pytest.raises(MemoryError):
+        train(recipe)
+    assert RunRecord.read(Path(recipe.output)).status == "failed"
+
+
+def test_new_layers_are_trained_in_full(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A model whose files lack the pooler: a slice of a random weight would be lost on the next load."""
+    folder = tmp_path / "headless"
+    shutil.copytree(settings["model.name"], folder)
+    BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False).save_pretrained(folder)
+    recipe = override(settings, model__name=str(folder))
+    record = train(recipe)
+    assert record.modules_to_save == ["bert.pooler.dense", "classifier"]
+    out = export(recipe.output, "merged", tmp_path / "model")
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    exported = load_file(out / "model.safetensors")
+    for part in ("weight", "bias"):
+        assert torch.equal(exported[f"bert.pooler.dense.{part}"], adapter[f"base_model.model.bert.pooler.dense.{part}"])
+
+
+@pytest.mark.parametrize("changed", [{}, {"training.max_steps": 5}, {"training.gradient_accumulation_steps": 4}])
+def test_planned_steps_are_those_trainer_makes(settings: dict[str, Any], changed: dict[str, Any]) -> None:
+    record = train(Recipe.from_flat(settings | {"training.num_train_epochs": 1.5, "slice.slide_every": 1} | changed))
+    assert record.planned_steps == record.steps
+
+
+def test_variants(settings: dict[str, Any], tmp_path: Path) -> None:
+    """bf16 weights and autocast, checkpointing, accumulation, trained biases, workers, fewer layers, no moves."""
+    record = train(
+        override(
+            settings,
+            model__dtype="bfloat16",
+            slice__axis="row",
+            slice__slide_every=None,
+            slice__bias="slicefine_only",
+            slice__target_modules=["query", "value"],
+            slice__layers_to_transform=[1],
+            training__bf16=True,
+            training__activation_checkpointing=True,
+            training__gradient_accumulation_steps=2,
+            training__dataloader_num_workers=1,
+            training__report_to="none",
+            training__learning_rate=5e-2,
+        )
+    )
+    assert record.parameters["active"] == 2 * (2 * 32 + 32)
+    assert not (tmp_path / "run" / "logs").exists()
+    out = export(tmp_path / "run", "merged", tmp_path / "model")
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_too_short_for_its_schedule(settings: dict[str, Any]) -> None:
+    with pytest.warns(
+        SliceFineWarning, match=r"ends after 12 optimizer steps and the slices move every 500.*slide_every=1 "
+    ):
+        train(override(settings, slice__slide_every=500))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_run(path: Path, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Two steps with a tiny model, and everything else as the recipe says."""
+    small = {key: settings[key] for key in ("model.name", "data.train", "data.validation", "data.max_length", "output")}
+    columns = {"data.text": "text", "data.text_pair": None, "data.label": "label"}
+    recipe = Recipe.load(path, small | columns | {"training.max_steps": 2, "slice.slide_every": 1})
+    assert train(recipe).status == "finished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,3 +19,15 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_collector(importable: None) -> Iterator[None]:
+    """Spare the garbage collector the hundreds of thousands of objects that imports make: the scripts call it often."""
+    import saved_activations
+    import step_time
+
+    assert saved_activations.main is not step_time.main
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 TINY = "--threads 1 --rounds 1 --warmup 1 --batch 1 --tokens 8 --layers 1 --hidden 32 --intermediate 48 --heads 2 --vocab 64"
 
 
+@pytest.mark.usefixtures("quick_collector")
 def test_it_runs_and_writes_every_figure(tmp_path, capsys):
     import step_time
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from slicefine.cli.quiet import quiet
+from slicefine.training.extras import require_train
+
 NAME = "demo"
 HELP = "Fine-tune a real pretrained model on real text, offline, in a few minutes."
 
@@ -19,14 +22,9 @@ def run(given: Any) -> int:
     """Run the demo and print its summary; returns 0."""
     from pathlib import Path
 
-    from slicefine.training.extras import require_train
-
     require_train()
-    import transformers
-
+    quiet()
     from slicefine.demo.run import run_demo
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     print("", *run_demo(Path(given.get("output", "runs/demo"))), sep="\n")
     return 0

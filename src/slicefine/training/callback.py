@@ -9,13 +9,12 @@ import statistics
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.slicing import Slice
-from slicefine.tuner.inspection import active_slices, unmoved, update_norms
+from slicefine.tuner.inspection import active_slices, unmoved, update_norm, update_norms
 from slicefine.tuner.layer import SliceLinear
 
 # The authors' runs make 5 to 10 moves.
@@ -63,7 +62,7 @@ class SliceFineCallback(TrainerCallback):
         if (moves := _moves(self._layers)) != self._moves:
             self._moves = moves
             self._finished = {
-                f"slicefine/update_norm/{name}": _update_norm(layer, _finished_slice(layer))
+                f"slicefine/update_norm/{name}": update_norm(layer, _finished_slice(layer))
                 for name, layer in self._layers.items()
             }
 
@@ -142,14 +141,6 @@ def _moves(layers: dict[str, SliceLinear]) -> int:
 def _finished_slice(layer: SliceLinear) -> Slice:
     state = _state(layer)
     return state.schedule.slice_at(state.step - 1, layer.shape)
-
-
-def _update_norm(layer: SliceLinear, piece: Slice) -> float:
-    """`||now - original|| / ||original||` over a touched slice."""
-    assert layer.installed is not None
-    where = layer.installed, piece.axis, tuple(piece.indices)
-    now, original = layer.trained_values(*where).float(), layer.original_values(*where).float()
-    return float((now - original).norm() / original.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _refuse_unsupported(args: TrainingArguments) -> None:

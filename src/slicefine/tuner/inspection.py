@@ -81,15 +81,16 @@ def optimizer_steps(model: nn.Module) -> int:
 
 
 def update_norms(model: nn.Module) -> dict[str, float]:
-    """Target name -> how far its active slice has moved from its original values: `||now - original|| / ||original||`."""
-    norms = {}
-    for name, layer, adapter in _tuned(model):
-        active = layer.slicefine_state[adapter].active
-        indices = tuple(active.indices)
-        now = layer.trained_values(adapter, active.axis, indices).float()
-        original = layer.original_values(adapter, active.axis, indices).float()
-        norms[name] = float((now - original).norm() / original.norm().clamp_min(torch.finfo(torch.float32).tiny))
-    return norms
+    """Target name -> `update_norm` of its active slice."""
+    return {name: update_norm(layer, layer.slicefine_state[adapter].active) for name, layer, adapter in _tuned(model)}
+
+
+def update_norm(layer: SliceLinear, piece: Slice) -> float:
+    """How far a slice of the installed adapter has moved: `||now - original|| / ||original||`, Frobenius norms."""
+    assert layer.installed is not None
+    where = layer.installed, piece.axis, tuple(piece.indices)
+    now, original = layer.trained_values(*where).float(), layer.original_values(*where).float()
+    return float((now - original).norm() / original.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def unmoved(model: nn.Module) -> list[str]:

@@ -33,21 +33,9 @@ from slicefine.slicing import ROW
 
 
 class _SliceLinear(torch.autograd.Function):
+    # `forward(ctx, ...)` and not the newer `setup_context`, which inspects signatures on every call: 30 us against 8.
     @staticmethod
-    def forward(
-        x: Tensor,
-        w_OI: Tensor,
-        b_O: Tensor | None,
-        master: Tensor,
-        bias_master: Tensor | None,
-        index_R: Tensor,
-        by_row: bool,
-    ) -> Tensor:
-        return F.linear(x, w_OI, b_O)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, w_OI, _, master, bias_master, index_R, by_row = inputs
+    def forward(ctx, x, w_OI, b_O, master, bias_master, index_R, by_row):
         ctx.by_row = by_row
         ctx.input_shape = x.shape
         ctx.master_like = (master.shape, master.dtype)
@@ -55,8 +43,10 @@ class _SliceLinear(torch.autograd.Function):
         wants_x, wants_master = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         kept = None
         if wants_master:
-            kept = x if by_row else x.index_select(-1, index_R)
+            # Flat first: picking along the last of three dimensions is several times slower.
+            kept = x if by_row else x.reshape(-1, x.shape[-1]).index_select(1, index_R)
         ctx.save_for_backward(w_OI if wants_x else None, kept, index_R)
+        return F.linear(x, w_OI, b_O)
 
     @staticmethod
     @once_differentiable

@@ -233,33 +233,39 @@ class SliceLinear(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ training
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Parameters come straight out of their dictionaries: going through nn.Module's attributes would take longer than
+        # all the rest of this method, in every layer and every step.
+        modules: Any = self._modules
         adapter = self._installed
-        if (
-            adapter is None
-            or self.merged
-            or not torch.is_grad_enabled()
-            or not self.slicefine_weight[adapter].requires_grad
-        ):
+        if adapter is None or self.merged_adapters or not torch.is_grad_enabled():
             return self.base_layer(x, *args, **kwargs)
-        if args or kwargs:
-            raise SliceFineError(
-                f"{type(self).__name__} is called with the input alone while it trains; got {len(args)} more arguments "
-                f"and {sorted(kwargs)}. Mixed batches of several adapters are not supported."
-            )
-        if self._weight.requires_grad:
-            raise SliceFineError(
-                "A weight is trained by its slice or as a whole, not both: the base weight of this layer "
-                f"({self.out_features} x {self.in_features}) has requires_grad=True. Set it to False, or exclude the layer "
-                "with `exclude_modules`."
-            )
+        master = modules["slicefine_weight"]._parameters[adapter]
+        if not master.requires_grad:
+            return self.base_layer(x, *args, **kwargs)
+        base = modules["base_layer"]._parameters
+        if args or kwargs or base["weight"].requires_grad:
+            self._refuse_call(len(args), sorted(kwargs))
         return slice_linear(
             x,
-            self._weight,
-            self.base_layer.bias,
-            self.slicefine_weight[adapter],
-            self.slicefine_index[adapter],
+            base["weight"],
+            base["bias"],
+            master,
+            modules["slicefine_index"]._buffers[adapter],
             self.slicefine_state[adapter].active.axis,
-            self.slicefine_bias.get(adapter),
+            modules["slicefine_bias"]._parameters.get(adapter),
+        )
+
+    def _refuse_call(self, more: int, named: list[str]) -> None:
+        """Say why `forward` cannot train this way: further arguments, or a base weight that is trained as well."""
+        if more or named:
+            raise SliceFineError(
+                f"{type(self).__name__} is called with the input alone while it trains; got {more} more arguments and "
+                f"{named}. Mixed batches of several adapters are not supported."
+            )
+        raise SliceFineError(
+            "A weight is trained by its slice or as a whole, not both: the base weight of this layer "
+            f"({self.out_features} x {self.in_features}) has requires_grad=True. Set it to False, or exclude the layer "
+            "with `exclude_modules`."
         )
 
     def pending_writes(self, adapter: str) -> list[tuple[Tensor, Tensor]]:

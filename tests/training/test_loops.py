@@ -40,7 +40,9 @@ def trained_by_a_plain_loop(accumulate=1):
 
 
 def test_positions_after_a_plain_loop():
-    assert active_slices(trained_by_a_plain_loop())["bert.encoder.layer.0.attention.self.query"] == Slice("column", 2, 2)
+    assert active_slices(trained_by_a_plain_loop())["bert.encoder.layer.0.attention.self.query"] == Slice(
+        "column", 2, 2
+    )
 
 
 def test_accelerate():
@@ -76,7 +78,9 @@ def test_trainer(tmp_path):
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list([{"input_ids": r["input_ids"].tolist(), "labels": int(r["labels"])} for r in ROWS]),
+        train_dataset=Dataset.from_list(
+            [{"input_ids": r["input_ids"].tolist(), "labels": int(r["labels"])} for r in ROWS]
+        ),
         callbacks=[SliceFineCallback()],
     )
     trainer.train()

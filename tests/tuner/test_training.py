@@ -85,7 +85,7 @@ def test_the_weight_follows_the_master_after_every_step():
         for layer in (m for m in model.modules() if isinstance(m, SliceLinear)):
             active = layer.slicefine_state["default"].active
             present = vectors(layer.base_layer.weight, active.axis)[active.start : active.stop]
-            assert torch.equal(present, layer.master("default").to(torch.bfloat16))
+            assert torch.equal(present, layer._in_use("default").to(torch.bfloat16))
 
 
 def test_bf16_does_not_swallow_small_updates():

@@ -44,9 +44,10 @@ def artifact_size(schedule: Schedule, shape: Shape, step: int, *, itemsize: int,
     """Bytes of tensor data that the saved adapter holds for a weight of `shape` after `step` optimizer steps.
 
     Touched rows and columns in the base dtype (`itemsize` bytes an entry; where they cross, both hold the entry), the
-    fp32 master of the active slice, the fp32 bias if it is trained, and the step.
+    fp32 master (as long as the longer side of the weight for `alternate`), the fp32 bias if it is trained, and the step.
     """
     region = Region.of(schedule.touched(step, shape))
     values = len(region.rows) * shape[1] + len(region.columns) * shape[0]
-    master = active_size(schedule, shape, step) + (shape[0] if bias else 0)
+    width, length = schedule.widest(shape)
+    master = width * length + (shape[0] if bias else 0)
     return values * itemsize + master * MASTER_BYTES + STEP_BYTES

@@ -2,7 +2,7 @@
 
 Per target there are, under the target's name:
 
-    slicefine_weight    fp32, (width, length)             the master of the active slice
+    slicefine_weight    fp32, (width, length)             the master, the active slice in its corner
     slicefine_row       base dtype, (rows, d_in)          final values of the touched rows, by rising index
     slicefine_column    base dtype, (columns, d_out)      final values of the touched columns, by rising index
     slicefine_bias      fp32, (d_out,)                    the trained bias, if there is one
@@ -151,7 +151,7 @@ def parse(
     for target in found.keys() & targets.keys():
         shape, bias = targets[target]
         try:
-            parsed[target] = _parse_layer(found[target], shape, bias, schedule)
+            parsed[target] = parse_layer(found[target], shape, bias, schedule)
         except SliceFineError as error:
             problems.append(f"{target}: {error}")
     steps = {values.step for values in parsed.values()}
@@ -164,15 +164,15 @@ def parse(
     return parsed
 
 
-def _parse_layer(parts: dict[str, Tensor], shape: Shape, bias: bool, schedule: Schedule) -> LayerValues:
+def parse_layer(parts: dict[str, Tensor], shape: Shape, bias: bool, schedule: Schedule) -> LayerValues:
+    """The same for one target of `shape`; `parts` maps the last part of the key to the tensor."""
     step_tensor = parts.get(f"{PREFIX}step")
     if step_tensor is None or step_tensor.dtype != torch.int64 or step_tensor.ndim or int(step_tensor) < 0:
         raise SliceFineError(f"`{PREFIX}step` is one int64 number of at least 0; got {_describe(step_tensor)}.")
     step = int(step_tensor)
-    active = schedule.slice_at(step, shape)
     region = Region.of(schedule.touched(step, shape))
     expected = {
-        f"{PREFIX}weight": (active.width, shape[1 - active.dim]),
+        f"{PREFIX}weight": schedule.widest(shape),
         f"{PREFIX}row": (len(region.rows), shape[1]),
         f"{PREFIX}column": (len(region.columns), shape[0]),
         f"{PREFIX}step": (),

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from slicefine.errors import SliceFineError
 from slicefine.kernel import slice_linear, vectors
-from slicefine.slicing import Region, Schedule, Shape, Slice
-from slicefine.tuner import sliding
+from slicefine.slicing import SLICE_AXES, Region, Schedule, Shape, Slice
+from slicefine.tuner import artifact, sliding
 from slicefine.tuner.originals import Originals
+
+ROOM = tuple(f"slicefine_{name}" for name in (*SLICE_AXES, "step"))
+"""Where `expect` makes room: the parts of a saved layer that have no parameter of their own."""
 
 
 @dataclass
@@ -80,6 +83,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._installed: str | None = None
+        self._expected: str | None = None
         sliding.watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,15 +133,59 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 self.slide(adapter)
         self._show(shown)
 
+    def expect(self, adapter: str, step: int) -> None:
+        """Make room for the saved values of an adapter that has just been added, `step` optimizer steps old.
+
+        For loaders that know nothing of tuners and only assign tensors by name, as transformers' own does: the values
+        are taken in as soon as the layer is used. If none have come by then, the adapter is a new one.
+        """
+        self._take_in()
+        region = Region.of(self.slicefine_state[adapter].schedule.touched(step, self.shape))
+        room = {axis: torch.zeros(len(region.along(axis)), self.shape[1 - dim]) for dim, axis in enumerate(SLICE_AXES)}
+        for name, values in (room | {"step": torch.tensor(-1)}).items():
+            holder = BufferDict(persistent=True)
+            holder[adapter] = values.to(self._weight.dtype) if values.is_floating_point() else values
+            self.add_module(f"slicefine_{name}", holder)
+        self._expected = adapter
+
+    def _take_in(self) -> None:
+        """Load what a loader has put where `expect` made room, if it has."""
+        adapter = self._expected
+        if adapter is None:
+            return
+        parts: dict[str, Tensor] = {name: getattr(self, name)[adapter] for name in ROOM}
+        if int(parts["slicefine_step"]) < 0:
+            return
+        self._drop_room()
+        parts["slicefine_weight"] = self.slicefine_weight[adapter].detach().clone()
+        if adapter in self.slicefine_bias:
+            parts["slicefine_bias"] = self.slicefine_bias[adapter].detach().clone()
+        saved = artifact.parse_layer(
+            parts, self.shape, adapter in self.slicefine_bias, self.slicefine_state[adapter].schedule
+        )
+        self.load(adapter, step=saved.step, master=saved.master, values=saved.values, bias=saved.bias)
+
+    def _drop_room(self) -> None:
+        if self._expected is not None:
+            for name in ROOM:
+                delattr(self, name)
+        self._expected = None
+
+    def train(self, mode: bool = True) -> Any:
+        """As `nn.Module.train`."""
+        self._take_in()
+        return super().train(mode)
+
     def load(self, adapter: str, *, step: int, master: Tensor, values: dict[str, Tensor], bias: Tensor | None) -> None:
         """Make `adapter` what a saved one was: everything it has trained since then is forgotten.
 
         Args:
             step: optimizer steps made when it was saved.
-            master: fp32, `(width, length)` of the slice that is active at `step`.
+            master: fp32, the whole parameter; in its corner the slice that is active at `step`.
             values: `"row"` -> `(rows, d_in)`, `"column"` -> `(columns, d_out)`: final values of what was touched.
             bias: fp32, `(d_out,)`, or None if the adapter trains no bias.
         """
+        self._drop_room()
         self._show(None)
         state = self.slicefine_state[adapter]
         state.originals, state.step = Originals(), step
@@ -155,10 +203,12 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 self.base_layer.bias.copy_(bias)
         self._occupy(adapter, state.schedule.slice_at(step, self.shape))
         with torch.no_grad():
-            self._in_use(adapter).copy_(master)
+            self.slicefine_weight[adapter].copy_(master)
         self._settle()
 
     def delete_adapter(self, adapter_name: str) -> None:
+        if self._expected == adapter_name:
+            self._drop_room()
         if self._installed == adapter_name:
             self._show(None)
         super().delete_adapter(adapter_name)
@@ -214,6 +264,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     def _show(self, adapter: str | None) -> None:
         """Make the weight and the bias hold the values of `adapter`, or the original ones."""
+        self._take_in()
         if adapter == self._installed:
             return
         for name in (self._installed, adapter):
@@ -236,6 +287,9 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         # Parameters come straight out of their dictionaries: going through nn.Module's attributes would take longer than
         # all the rest of this method, in every layer and every step.
         modules: Any = self._modules
+        if self._expected is not None:
+            self._take_in()
+            self._drop_room()
         adapter = self._installed
         if adapter is None or self.merged_adapters or not torch.is_grad_enabled():
             return self.base_layer(x, *args, **kwargs)
@@ -307,10 +361,6 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         return self.slicefine_weight[adapter].detach()[: active.width, : self.shape[1 - active.dim]]
 
     # ------------------------------------------------------------------ reading
-
-    def master(self, adapter: str) -> Tensor:
-        """The fp32 values of the active slice, `(width, length)`."""
-        return self._in_use(adapter)
 
     def region(self, adapter: str) -> Region:
         """The rows and columns that optimizer steps have trained so far."""

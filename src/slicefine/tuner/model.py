@@ -77,6 +77,8 @@ class SliceFineModel(BaseTuner):
             train_bias=peft_config.bias != "none",
             perturb=not peft_config.init_weights,
         )
+        if peft_config.fingerprints is not None:
+            layer.expect(adapter_name, peft_config.step)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -140,7 +142,7 @@ class SliceFineModel(BaseTuner):
             region = layer.region(adapter_name)
             saved = artifact.LayerValues(
                 step=layer.slicefine_state[adapter_name].step,
-                master=layer.master(adapter_name),
+                master=layer.slicefine_weight[adapter_name].detach(),
                 values={
                     axis: layer.trained_values(adapter_name, axis, region.along(axis)) for axis in artifact.SLICE_AXES
                 },

@@ -1,0 +1,95 @@
+"""transformers' own adapter loader, which knows nothing of tuners: it assigns the tensors of a file by their names."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import differences, llama, outputs, tokens, trainable
+from transformers import AutoModelForCausalLM
+
+from slicefine import SliceFineConfig, SliceFineError, active_slices, touched_slices
+from slicefine.tuner.layer import SliceLinear
+
+IDS = tokens()
+
+
+def fit(model, steps, optimizer=None):
+    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
+    for _ in range(steps):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def saved(request, tmp_path):
+    """Folders of a base model and of an adapter for it, and the trained model."""
+    llama().to(request.param).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(model, SliceFineConfig(r=3, slide_every=2, task_type="CAUSAL_LM"))
+    fit(model, 5)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter", model
+
+
+def loaded(how, base, adapter, **options):
+    if how == "from_pretrained":
+        return AutoModelForCausalLM.from_pretrained(adapter, **options)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.load_adapter(str(adapter), **options)
+    return model
+
+
+@pytest.mark.parametrize("how", ["from_pretrained", "load_adapter"])
+def test_the_trained_outputs_bit_by_bit(saved, how):
+    base, adapter, trained = saved
+    model = loaded(how, base, adapter)
+    assert torch.equal(outputs(model, IDS).logits, outputs(trained, IDS).logits)
+    assert active_slices(model) == active_slices(trained)
+    assert touched_slices(model) == touched_slices(trained)
+    plain = outputs(AutoModelForCausalLM.from_pretrained(base), IDS).logits
+    model.disable_adapters()
+    assert torch.equal(outputs(model, IDS).logits, plain)
+    model.enable_adapters()
+    assert torch.equal(outputs(model, IDS).logits, outputs(trained, IDS).logits)
+    model.delete_adapter("default")
+    assert torch.equal(outputs(model, IDS).logits, plain)
+
+
+def test_training_goes_on(saved):
+    base, adapter, _ = saved
+    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=True)
+    model = loaded("load_adapter", base, adapter, is_trainable=True)
+    fit(model, 4)
+    fit(ours, 4)
+    ours, model = ours.base_model.model, model
+    assert not differences(ours.base_model.model, model)
+    assert active_slices(model) == active_slices(ours)
+
+
+def test_saved_again_by_transformers(saved, tmp_path):
+    base, adapter, trained = saved
+    loaded("from_pretrained", base, adapter).save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "again")
+    assert torch.equal(outputs(again, IDS).logits, outputs(trained, IDS).logits)
+
+
+def test_a_wrong_base_is_refused_and_left_alone(saved):
+    base, adapter, _ = saved
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    before = outputs(model, IDS).logits
+    with pytest.raises(SliceFineError, match=r"layers.0.mlp.up_proj.*other values"):
+        model.load_adapter(str(adapter))
+    assert torch.equal(outputs(model, IDS).logits, before)
+    assert not any(isinstance(module, SliceLinear) for module in model.modules())
+    assert not hasattr(model, "peft_config")
+
+
+def test_a_new_adapter_on_a_plain_transformers_model(saved):
+    base, _, trained = saved
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.add_adapter(SliceFineConfig(r=3, slide_every=2))
+    fit(model, 5)
+    assert torch.equal(outputs(model, IDS).logits, outputs(trained, IDS).logits)

@@ -8,6 +8,8 @@ from tiny import adapted_mlp, batch, differences, trainable
 from torch._dynamo.testing import CompileCounter
 
 
+# dynamo makes an instance of every autograd function that it traces, and torch warns of that
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("axis", "graphs"),
     [("row", [1] * 12), ("column", [1] * 12), ("alternate", [1, 1] + [2] * 10)],

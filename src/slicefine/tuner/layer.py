@@ -13,6 +13,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from slicefine.errors import SliceFineError
 from slicefine.kernel import slice_linear, vectors
@@ -60,6 +61,23 @@ class MasterDict(nn.ParameterDict):
         return super()._apply(keep_wide, recurse)
 
 
+BASE_LAYERS = (nn.Linear, Conv1D)
+"""What can hold slices."""
+
+
+def weight_of(base_layer: nn.Module) -> Tensor:
+    """The weight of a base layer as `(d_out, d_in)`. A view: transformers' Conv1D (GPT-2) stores it transposed."""
+    weight = base_layer._parameters["weight"]
+    assert weight is not None
+    return weight.t() if isinstance(base_layer, Conv1D) else weight
+
+
+def shape_of(base_layer: nn.Module) -> Shape:
+    """`(d_out, d_in)` of the weight of a base layer."""
+    d_out, d_in = weight_of(base_layer).shape
+    return d_out, d_in
+
+
 def present_values(weight: Tensor, axis: str, indices: tuple[int, ...]) -> Tensor:
     """Rows or columns of `weight` `(d_out, d_in)` as they are now, `(len(indices), length)`, on the CPU."""
     index = torch.tensor(indices, dtype=torch.int64, device=weight.device)
@@ -67,15 +85,15 @@ def present_values(weight: Tensor, axis: str, indices: tuple[int, ...]) -> Tenso
 
 
 class SliceLinear(nn.Module, BaseTunerLayer):
-    """An `nn.Linear` of which one slice per adapter is trained."""
+    """A linear base layer (`nn.Linear`, or transformers' `Conv1D`) of which one slice per adapter is trained."""
 
     adapter_layer_names = ("slicefine_weight", "slicefine_bias")
     other_param_names = ("slicefine_index", "slicefine_state")
 
-    def __init__(self, base_layer: nn.Linear) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.base_layer: Any = base_layer
+        self.out_features, self.in_features = shape_of(base_layer)
         self.slicefine_weight = MasterDict()
         self.slicefine_bias = MasterDict()
         self.slicefine_index: Any = BufferDict(persistent=False)  # its values are typed as possibly None
@@ -296,13 +314,13 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         master = modules["slicefine_weight"]._parameters[adapter]
         if not master.requires_grad:
             return self.base_layer(x, *args, **kwargs)
-        base = modules["base_layer"]._parameters
-        if args or kwargs or base["weight"].requires_grad:
+        weight = weight_of(modules["base_layer"])
+        if args or kwargs or weight.requires_grad:
             self._refuse_call(len(args), sorted(kwargs))
         return slice_linear(
             x,
-            base["weight"],
-            base["bias"],
+            weight,
+            modules["base_layer"]._parameters["bias"],
             master,
             modules["slicefine_index"]._buffers[adapter],
             self.slicefine_state[adapter].active.axis,
@@ -394,7 +412,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     @property
     def _weight(self) -> Tensor:
-        return self.base_layer.weight
+        return weight_of(self.base_layer)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never cast: masters are fp32 whatever the base is."""

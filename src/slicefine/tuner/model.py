@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import Any
 
@@ -16,7 +17,7 @@ from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
 from slicefine.slicing import ALTERNATE
 from slicefine.tuner import artifact, targets
 from slicefine.tuner.config import SliceFineConfig
-from slicefine.tuner.layer import SliceLinear, present_values
+from slicefine.tuner.layer import SliceLinear, present_values, shape_of, weight_of
 
 
 class SliceFineModel(BaseTuner):
@@ -68,7 +69,6 @@ class SliceFineModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(layer, SliceLinear):
-            assert isinstance(target, nn.Linear)
             layer = SliceLinear(target)
             self._replace_module(parent, target_name, layer, target)
         layer.add(
@@ -150,7 +150,7 @@ class SliceFineModel(BaseTuner):
             )
             tensors |= {f"{name}.{part}": tensor for part, tensor in saved.tensors().items()}
             fingerprints[name.removeprefix(artifact.PEFT_ROOT)] = artifact.fingerprint(
-                region, lambda axis, indices, layer=layer: layer.original_values(adapter_name, axis, indices)
+                region, functools.partial(layer.original_values, adapter_name)
             )
         config.step = artifact.agree_on_step(layer.slicefine_state[adapter_name].step for layer in layers.values())
         config.fingerprints = fingerprints
@@ -214,9 +214,8 @@ def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list
         if isinstance(module, SliceLinear):
             shape, read = module.shape, module.base_values
         else:
-            assert isinstance(module, nn.Linear)
-            shape = module.out_features, module.in_features
-            read = lambda axis, indices, weight=module.weight: present_values(weight, axis, indices)  # noqa: E731
+            shape = shape_of(module)
+            read = functools.partial(present_values, weight_of(module))
         region = artifact.Region.of(config.schedule.touched(config.step, shape))
         problem = artifact.fingerprint_problem(name, expected, artifact.fingerprint(region, read))
         if problem:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from slicefine.errors import SliceFineError, did_you_mean
 from slicefine.slicing import ALTERNATE, COLUMN, ROW
 from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import BASE_LAYERS, SliceLinear, shape_of
 from slicefine.tuner.sliding import refuse_sharding
 
 if TYPE_CHECKING:
@@ -46,24 +46,26 @@ def find_problems(model: nn.Module, config: SliceFineConfig) -> list[str]:
     owners = Counter(
         id(parameter) for module in _without_tuners(model) for parameter in module.parameters(recurse=False)
     )
+    sound = {}
     for name, module in targets.items():
         problem = _layer_problem(module, parents[name.rpartition(".")[0]], owners)
         if problem:
             problems.append(f"{name}: {problem}")
+        else:
+            sound[name] = module
     if not names_all_linear(config) and config.fingerprints is None:
         problems += [
             f"{name}: r={config.r} is more than the {_narrowest(config, shape)} {_axis_names(config, shape)} of its weight of shape {shape}. "
             "Lower `r`, or leave the layer out."
-            for name, shape in clamped(targets, config).items()
+            for name, shape in clamped(sound, config).items()
         ]
     return problems
 
 
 def clamped(targets: dict[str, nn.Module], config: SliceFineConfig) -> dict[str, Shape]:
     """The targets whose weight is narrower than `r` along an axis in use, with the shape of the weight."""
-    shapes = {
-        name: (m.out_features, m.in_features) for name, m in targets.items() if isinstance(m, nn.Linear | SliceLinear)
-    }
+    bases = {name: m.get_base_layer() if isinstance(m, SliceLinear) else m for name, m in targets.items()}
+    shapes = {name: shape_of(base) for name, base in bases.items() if isinstance(base, BASE_LAYERS)}
     return {name: shape for name, shape in shapes.items() if _narrowest(config, shape) < config.r}
 
 
@@ -84,7 +86,7 @@ def _without_tuners(model: nn.Module) -> list[nn.Module]:
 
 def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, nn.Module]) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | SliceLinear)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, (*BASE_LAYERS, SliceLinear))]
     problems = []
     for setting in ("target_modules", "exclude_modules", "modules_to_save"):
         wanted = getattr(config, setting)
@@ -148,8 +150,8 @@ def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int]) -
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, BaseTunerLayer):
         return f"another PEFT method tunes this layer already ({kind}). Merge or unload it first."
-    if not isinstance(module, nn.Linear):
-        return f"slices live in torch.nn.Linear layers; this is a {kind}. Leave it out with `exclude_modules`."
+    if not isinstance(module, BASE_LAYERS):
+        return f"slices live in torch.nn.Linear layers and transformers' Conv1D; this is a {kind}. Leave it out with `exclude_modules`."
     leave_out = "Leave it out with `exclude_modules`."
     weight = module.weight
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
@@ -161,8 +163,9 @@ def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int]) -
         return (
             "its weight is offloaded to the CPU or to disk, which is not supported yet. Load the model onto one device."
         )
-    if type(module).forward is not nn.Linear.forward or hasattr(module, "parametrizations"):
-        return f"it is a {kind}, a Linear with a way of its own to compute or store its weight. {leave_out}"
+    known = any(type(module).forward is base.forward for base in BASE_LAYERS)
+    if not known or hasattr(module, "parametrizations"):
+        return f"it is a {kind}, a linear layer with a way of its own to compute or store its weight. {leave_out}"
     if isinstance(parent, nn.MultiheadAttention):
         return f"torch.nn.MultiheadAttention reads its weight without calling the layer, so a slice would get no gradient. {leave_out}"
     if module._forward_hooks or module._forward_pre_hooks:

@@ -73,10 +73,11 @@ class _AfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> Any:
         if fullname != "peft":
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((s for finder in others if (s := finder.find_spec(fullname, path, target)) is not None), None)
         if spec is None or spec.loader is None:
             return None
-        self._loader = spec.loader
+        self._loader: Any = spec.loader
         spec.loader = self
         return spec
 
@@ -84,10 +85,10 @@ class _AfterPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        sys.meta_path.remove(self)
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
+        sys.meta_path.remove(self)  # not before: an import that fails may be tried again
         importlib.import_module("slicefine.tuner")
 
 

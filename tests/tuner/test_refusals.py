@@ -122,7 +122,7 @@ def with_forward_hook(layer):
         (lambda: nn.Embedding(6, 6), ["torch.nn.Linear layers", "Embedding"]),
         (lambda: nn.Conv1d(6, 6, 1), ["torch.nn.Linear layers", "Conv1d"]),
         (lambda: with_hook(nn.Linear(6, 6)), ["offloaded"]),
-        (lambda: with_forward_hook(nn.Linear(6, 6)), ["forward hooks"]),
+        (lambda: with_forward_hook(nn.Linear(6, 6)), ["hooks or a `forward` of its own"]),
     ],
 )
 def test_layers_that_cannot_hold_a_slice(make, words):

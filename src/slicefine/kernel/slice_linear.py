@@ -27,8 +27,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from slicefine.errors import SliceFineError
 from slicefine.slicing import ROW
 
 
@@ -49,8 +49,17 @@ class _SliceLinear(torch.autograd.Function):
         return F.linear(x, w_OI, b_O)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Autograd itself notices only if `g` wants a gradient, and gives a silently wrong result otherwise.
+            raise SliceFineError(
+                "A slice has a first derivative only; this backward pass was asked to build a graph (create_graph=True). "
+                "Leave gradient penalties out, or train the layer with another method."
+            )
+        return _SliceLinear._gradients(ctx, g)
+
+    @staticmethod
+    def _gradients(ctx, g):
         w_OI, kept, index_R = ctx.saved_tensors
         g_TO = g.reshape(-1, g.shape[-1])
         dx = d_master = d_bias = None

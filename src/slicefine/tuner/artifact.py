@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +60,13 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     return state.hexdigest()
 
 
-def fingerprint(region: Region, read: Callable[[str, tuple[int, ...]], Tensor]) -> str:
-    """`dtype:digest:digest` of the base's original values in `region`; `read(axis, indices)` gives them.
+def fingerprint(step: int, region: Region, read: Callable[[str, tuple[int, ...]], Tensor]) -> str:
+    """`step:dtype:digest:digest` of the base's original values in `region`; `read(axis, indices)` gives them.
 
-    The first digest is of the exact bytes. The second, of the values rounded to bf16, recognises the same base loaded in
-    another dtype.
+    The step is that of the layer, which decides the region.
+
+    The first digest is of the exact bytes. The second, of the values rounded to bf16, recognises the same base in fp32
+    where it was trained in bf16, or the other way round.
     """
     exact, rounded = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     dtype = torch.float32
@@ -73,13 +75,18 @@ def fingerprint(region: Region, read: Callable[[str, tuple[int, ...]], Tensor]) 
         dtype = values.dtype
         exact.update(_bytes(values))
         rounded.update(_bytes(values.to(torch.bfloat16)))
-    return f"{str(dtype).removeprefix('torch.')}:{exact.hexdigest()}:{rounded.hexdigest()}"
+    return f"{step}:{str(dtype).removeprefix('torch.')}:{exact.hexdigest()}:{rounded.hexdigest()}"
+
+
+def step_of(fingerprint: str) -> int:
+    """Optimizer steps that the layer of a fingerprint had made."""
+    return int(fingerprint.split(":")[0])
 
 
 def fingerprint_problem(target: str, expected: str, found: str) -> str | None:
     """What is wrong with a base whose fingerprint is `found` where the adapter was trained on `expected`."""
-    expected_dtype, *expected_digests = expected.split(":")
-    found_dtype, *found_digests = found.split(":")
+    _, expected_dtype, *expected_digests = expected.split(":")
+    _, found_dtype, *found_digests = found.split(":")
     which = 0 if expected_dtype == found_dtype else 1
     if expected_digests[which] == found_digests[which]:
         return None
@@ -154,9 +161,6 @@ def parse(
             parsed[target] = parse_layer(found[target], shape, bias, schedule)
         except SliceFineError as error:
             problems.append(f"{target}: {error}")
-    steps = {values.step for values in parsed.values()}
-    if len(steps) > 1:
-        problems.append(f"all layers of an adapter have made the same number of steps; the file has {sorted(steps)}.")
     if problems:
         shown = "\n".join(f"  - {problem}" for problem in sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -195,17 +199,6 @@ def parse_layer(parts: dict[str, Tensor], shape: Shape, bias: bool, schedule: Sc
         values={axis: parts[PREFIX + axis] for axis in SLICE_AXES},
         bias=parts.get(f"{PREFIX}bias"),
     )
-
-
-def agree_on_step(steps: Iterable[int]) -> int:
-    """The number of optimizer steps that all layers of an adapter have made; raises `SliceFineError` if they differ."""
-    distinct = sorted(set(steps))
-    if len(distinct) > 1:
-        raise SliceFineError(
-            f"All layers of an adapter have made the same number of optimizer steps when it is saved; here it is {distinct}. "
-            "Optimizers that share an adapter are stepped equally often."
-        )
-    return distinct[0] if distinct else 0
 
 
 def _bare(key: str) -> str:

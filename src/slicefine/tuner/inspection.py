@@ -8,7 +8,7 @@ from torch import nn
 
 from slicefine.errors import SliceFineError
 from slicefine.slicing import ParameterCounts, Slice, active_size, touched_size
-from slicefine.tuner.artifact import PEFT_ROOT, agree_on_step
+from slicefine.tuner.artifact import PEFT_ROOT
 from slicefine.tuner.layer import SliceLinear
 
 
@@ -76,8 +76,8 @@ def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCou
 
 
 def optimizer_steps(model: nn.Module) -> int:
-    """Optimizer steps that the active adapter has made. Raises `SliceFineError` if its layers differ."""
-    return agree_on_step(layer.slicefine_state[adapter].step for _, layer, adapter in _tuned(model))
+    """Optimizer steps that the active adapter has made; the most, if optimizers were stepped unequally often."""
+    return max(layer.slicefine_state[adapter].step for _, layer, adapter in _tuned(model))
 
 
 def update_norms(model: nn.Module) -> dict[str, float]:

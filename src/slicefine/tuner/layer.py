@@ -6,6 +6,8 @@ one place, `_settle`: those of the active adapter, or the original ones while ad
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from slicefine.errors import SliceFineError
 from slicefine.kernel import slice_linear, vectors
 from slicefine.slicing import SLICE_AXES, Region, Schedule, Shape, Slice
 from slicefine.tuner import artifact, sliding
-from slicefine.tuner.originals import Originals
+from slicefine.tuner.originals import Originals, to_cpu
 
 ROOM = tuple(f"slicefine_{name}" for name in (*SLICE_AXES, "step"))
 """Where `expect` makes room: the parts of a saved layer that have no parameter of their own."""
@@ -84,6 +86,12 @@ def present_values(weight: Tensor, axis: str, indices: tuple[int, ...]) -> Tenso
     return vectors(weight.detach(), axis).index_select(0, index).cpu()
 
 
+def _settle_after_loading(layer: nn.Module, incompatible_keys: Any) -> None:
+    """The state may have been saved with the adapter disabled, or another one active."""
+    assert isinstance(layer, SliceLinear)
+    layer._settle()
+
+
 class SliceLinear(nn.Module, BaseTunerLayer):
     """A linear base layer (`nn.Linear`, or transformers' `Conv1D`) of which one slice per adapter is trained."""
 
@@ -102,6 +110,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self._installed: str | None = None
         self._expected: str | None = None
+        self.register_load_state_dict_post_hook(_settle_after_loading)
         sliding.watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,14 +147,14 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         self.slicefine_index[adapter] = index
         if train_bias and self.base_layer.bias is not None:
             self.slicefine_bias.place(adapter, self.base_layer.bias.detach().to(dtype, copy=True))
-            state.bias = self.base_layer.bias.detach().cpu().clone()
+            state.bias = to_cpu(self.base_layer.bias.detach()).clone()
         self._occupy(adapter, active)
         if perturb:
-            master = self.slicefine_weight[adapter]
-            with torch.no_grad():
-                master += torch.randn_like(master) * weight.detach().to(dtype).std()
+            master = self._in_use(adapter)
+            master += torch.randn_like(master) * weight.detach().to(dtype).std()
             self._show(adapter)
-            self.write_back(adapter)
+            for destination, source in self.pending_writes(adapter, {id(self.slicefine_weight[adapter])}):
+                destination.copy_(source)
             state.step = 1
             if schedule.slice_at(1, self.shape) != active:
                 self.slide(adapter)
@@ -174,7 +183,6 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         parts: dict[str, Tensor] = {name: getattr(self, name)[adapter] for name in ROOM}
         if int(parts["slicefine_step"]) < 0:
             return
-        self._drop_room()
         parts["slicefine_weight"] = self.slicefine_weight[adapter].detach().clone()
         if adapter in self.slicefine_bias:
             parts["slicefine_bias"] = self.slicefine_bias[adapter].detach().clone()
@@ -216,7 +224,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 index = torch.tensor(region.along(axis), dtype=torch.int64, device=self._weight.device)
                 vectors(self._weight, axis).index_copy_(0, index, trained.to(self._weight))
             if bias is not None and self.base_layer.bias is not None:
-                state.bias = self.base_layer.bias.detach().cpu().clone()
+                state.bias = to_cpu(self.base_layer.bias.detach()).clone()
                 self.slicefine_bias[adapter].copy_(bias)
                 self.base_layer.bias.copy_(bias)
         self._occupy(adapter, state.schedule.slice_at(step, self.shape))
@@ -263,6 +271,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 f"One slicefine adapter is merged at a time; got {self.merged_adapters + names}. Unmerge first."
             )
         if names[0] not in self.slicefine_weight:
+            self._show(None)
             return
         self._show(names[0])
         self.merged_adapters = names
@@ -275,6 +284,20 @@ class SliceLinear(nn.Module, BaseTunerLayer):
     def withdraw(self) -> None:
         """Put the original bytes back into the weight and the bias."""
         self._show(None)
+
+    @contextmanager
+    def shown(self, adapter: str) -> Iterator[bool]:
+        """Within this context the weight holds the values of `adapter`; yields whether it did not before."""
+        before = self._installed
+        self._show(adapter)
+        try:
+            yield before != adapter
+        finally:
+            self._show(before)
+
+    def let_go(self) -> None:
+        """Forget the adapter that is installed: the weight keeps its values and is not written to any more."""
+        self._installed = None
 
     def _settle(self) -> None:
         wanted = self.merged_adapters or ([] if self.disable_adapters else self.active_adapters)
@@ -294,7 +317,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         state.originals.exchange(self._weight)
         if state.bias is not None:
             bias = self.base_layer.bias
-            present = bias.detach().cpu().clone()
+            present = to_cpu(bias.detach()).clone()
             with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(bias):
                 bias.copy_(state.bias)
             state.bias = present
@@ -311,8 +334,14 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         adapter = self._installed
         if adapter is None or self.merged_adapters or not torch.is_grad_enabled():
             return self.base_layer(x, *args, **kwargs)
-        master = modules["slicefine_weight"]._parameters[adapter]
-        if not master.requires_grad:
+        master = modules["slicefine_weight"]._parameters.get(adapter)
+        bias_master = modules["slicefine_bias"]._parameters.get(adapter)
+        if master is None:
+            raise SliceFineError(
+                f"This copy of the layer has lost the parameter of adapter {adapter!r}, as replicas of nn.DataParallel do. Use "
+                "DistributedDataParallel, or one device."
+            )
+        if not master.requires_grad and (bias_master is None or not bias_master.requires_grad):
             return self.base_layer(x, *args, **kwargs)
         weight = weight_of(modules["base_layer"])
         if args or kwargs or weight.requires_grad:
@@ -324,7 +353,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             master,
             modules["slicefine_index"]._buffers[adapter],
             self.slicefine_state[adapter].active.axis,
-            modules["slicefine_bias"]._parameters.get(adapter),
+            bias_master,
         )
 
     def _refuse_call(self, more: int, named: list[str]) -> None:
@@ -340,18 +369,21 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             "with `exclude_modules`."
         )
 
-    def pending_writes(self, adapter: str) -> list[tuple[Tensor, Tensor]]:
-        """`(destination, source)` pairs that bring what the optimizer did to the master into the weight and the bias."""
-        active = self.slicefine_state[adapter].active
-        pairs = [(vectors(self._weight.detach(), active.axis)[active.start : active.stop], self._in_use(adapter))]
-        if adapter in self.slicefine_bias:
-            pairs.append((self.base_layer.bias.detach(), self.slicefine_bias[adapter].detach()))
-        return pairs
+    def pending_writes(self, adapter: str, stepped: Container[int]) -> list[tuple[Tensor, Tensor]]:
+        """`(destination, source)` pairs that bring what an optimizer did into the weight and the bias.
 
-    def write_back(self, adapter: str) -> None:
-        """Bring what the optimizer did to the master into the weight and the bias."""
-        for destination, source in self.pending_writes(adapter):
-            destination.copy_(source)
+        `stepped`: identities of the parameters that the optimizer holds. The adapter must be installed.
+        """
+        pairs = []
+        if id(self.slicefine_weight[adapter]) in stepped:
+            active = self.slicefine_state[adapter].active
+            pairs.append(
+                (vectors(self._weight.detach(), active.axis)[active.start : active.stop], self._in_use(adapter))
+            )
+        bias = self.slicefine_bias.get(adapter)
+        if bias is not None and id(bias) in stepped:
+            pairs.append((self.base_layer.bias.detach(), bias.detach()))
+        return pairs
 
     def slide(self, adapter: str) -> None:
         """Freeze the active slice with what it has learned and go to where the schedule wants to be."""
@@ -360,18 +392,19 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     def _occupy(self, adapter: str, piece: Slice) -> None:
         """Make `piece` the active slice: keep its originals, load the master, point the index at it."""
-        state = self.slicefine_state[adapter]
-        state.originals.keep(self._weight, piece)
-        state.active = piece
+        self.slicefine_state[adapter].originals.keep(self._weight, piece)
+        self._point_at(adapter, piece)
         with torch.no_grad():
-            index = torch.arange(piece.start, piece.stop)
-            buffer = self.slicefine_index[adapter]
-            if buffer.shape == index.shape:
-                buffer.copy_(index)
-            else:  # `alternate` on a weight narrower than `r` along one axis
-                self.slicefine_index[adapter] = index.to(buffer.device)
             self.slicefine_weight[adapter].zero_()
             self._in_use(adapter).copy_(vectors(self._weight, piece.axis)[piece.start : piece.stop])
+
+    def _point_at(self, adapter: str, piece: Slice) -> None:
+        self.slicefine_state[adapter].active = piece
+        index, buffer = torch.arange(piece.start, piece.stop), self.slicefine_index[adapter]
+        if buffer.shape == index.shape:
+            buffer.copy_(index)
+        else:  # `alternate` on a weight narrower than `r` along one axis
+            self.slicefine_index[adapter] = index.to(buffer.device)
 
     def _in_use(self, adapter: str) -> Tensor:
         """The part of the master that holds the active slice, `(width, length)`. A view."""
@@ -413,6 +446,58 @@ class SliceLinear(nn.Module, BaseTunerLayer):
     @property
     def _weight(self) -> Tensor:
         return weight_of(self.base_layer)
+
+    def _apply(self, fn, recurse=True):
+        applied = super()._apply(fn, recurse)
+        for state in self.slicefine_state.values():
+            state.originals.cast(self._weight.dtype)
+            state.bias = None if state.bias is None else state.bias.to(self._weight.dtype)
+        return applied
+
+    # ------------------------------------------------------------------ state_dict() and load_state_dict()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for adapter in self.slicefine_state:
+            destination.update({prefix + key: tensor for key, tensor in self.state_tensors(adapter).items()})
+
+    def state_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """What a state dict holds of an adapter beside its parameters: step, originals, and whether it is installed."""
+        state = self.slicefine_state[adapter]
+        tensors = {"step": torch.tensor(state.step), "installed": torch.tensor(adapter == self._installed)}
+        for axis in SLICE_AXES:
+            stored = state.originals.values[axis]
+            if stored is not None:
+                tensors |= {f"{axis}_index": state.originals.index[axis], axis: stored}
+        if state.bias is not None:
+            tensors["bias"] = state.bias
+        return {f"slicefine_state.{adapter}.{name}": tensor for name, tensor in tensors.items()}
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        """Positions and originals first; weight and masters are children and are loaded after this."""
+        own = f"{prefix}slicefine_state."
+        plain = {key: tensor for key, tensor in state_dict.items() if not key.startswith(own)}
+        super()._load_from_state_dict(plain, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        given = {key.removeprefix(own): tensor for key, tensor in state_dict.items() if key.startswith(own)}
+        unexpected_keys += [own + key for key in given if key.rpartition(".")[0] not in self.slicefine_state]
+        for adapter, state in self.slicefine_state.items():
+            parts = {k.rpartition(".")[2]: tensor for k, tensor in given.items() if k.rpartition(".")[0] == adapter}
+            if "step" not in parts:
+                if strict:
+                    missing_keys.append(f"{own}{adapter}.step")
+                continue
+            if bool(parts["installed"]):
+                self._installed = adapter
+            elif self._installed == adapter:
+                self._installed = None
+            state.step, state.originals = int(parts["step"]), Originals()
+            for axis in SLICE_AXES:
+                if axis in parts:
+                    state.originals.index[axis] = to_cpu(parts[f"{axis}_index"]).clone()
+                    state.originals.values[axis] = to_cpu(parts[axis]).to(self._weight.dtype, copy=True)
+            if state.bias is not None and "bias" in parts:
+                state.bias = to_cpu(parts["bias"]).to(self._weight.dtype, copy=True)
+            self._point_at(adapter, state.schedule.slice_at(state.step, self.shape))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never cast: masters are fp32 whatever the base is."""

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
-from slicefine.slicing import ALTERNATE
+from slicefine.slicing import ALTERNATE, SLICE_AXES, Region
 from slicefine.tuner import artifact, targets
 from slicefine.tuner.config import SliceFineConfig
 from slicefine.tuner.layer import SliceLinear, present_values, shape_of, weight_of
@@ -46,7 +46,7 @@ class SliceFineModel(BaseTuner):
         config = copy.deepcopy(self.peft_config[adapter_name])
         assert isinstance(config, SliceFineConfig)
         found = targets.find_targets(model, config)
-        problems = targets.find_problems(model, config)
+        problems = targets.find_problems(model, config) + _name_problems(adapter_name)
         if not problems and config.fingerprints is not None:
             problems = _base_problems(found, config)
         raise_all(problems, f"Adapter {adapter_name!r} cannot be attached")
@@ -78,7 +78,7 @@ class SliceFineModel(BaseTuner):
             perturb=not peft_config.init_weights,
         )
         if peft_config.fingerprints is not None:
-            layer.expect(adapter_name, peft_config.step)
+            layer.expect(adapter_name, artifact.step_of(peft_config.fingerprints[current_key]))
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -112,7 +112,11 @@ class SliceFineModel(BaseTuner):
                     module.withdraw()
                 elif isinstance(module, AuxiliaryTrainingWrapper):
                     module.set_adapter([])  # PEFT would hand out the trained head with the original weights
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        layers = _layers(self.model).values()
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for layer in layers:
+            layer.let_go()
+        return unloaded
 
     def _leave_nothing_behind(self, adapter_name: str) -> None:
         """Undo attaching an adapter whose file was refused, down to which parameters of the base model were trainable."""
@@ -143,16 +147,21 @@ class SliceFineModel(BaseTuner):
             saved = artifact.LayerValues(
                 step=layer.slicefine_state[adapter_name].step,
                 master=layer.slicefine_weight[adapter_name].detach(),
-                values={
-                    axis: layer.trained_values(adapter_name, axis, region.along(axis)) for axis in artifact.SLICE_AXES
-                },
+                values={axis: layer.trained_values(adapter_name, axis, region.along(axis)) for axis in SLICE_AXES},
                 bias=layer.slicefine_bias[adapter_name].detach() if adapter_name in layer.slicefine_bias else None,
             )
             tensors |= {f"{name}.{part}": tensor for part, tensor in saved.tensors().items()}
             fingerprints[name.removeprefix(artifact.PEFT_ROOT)] = artifact.fingerprint(
-                region, functools.partial(layer.original_values, adapter_name)
+                saved.step, region, functools.partial(layer.original_values, adapter_name)
             )
-        config.step = artifact.agree_on_step(layer.slicefine_state[adapter_name].step for layer in layers.values())
+        config.step = max((layer.slicefine_state[adapter_name].step for layer in layers.values()), default=0)
+        if bad := _unfinite(layers, adapter_name):
+            warnings.warn(
+                f"The adapter is saved with NaN or Inf in {len(bad)} layers ({', '.join(bad[:3])}, ...), and will be refused when it is "
+                "loaded or merged. Go back to an earlier checkpoint, and lower the learning rate or clip gradients.",
+                SliceFineWarning,
+                stacklevel=2,
+            )
         config.fingerprints = fingerprints
         config.digest = artifact.digest_of(tensors)
         return tensors
@@ -185,6 +194,7 @@ class SliceFineModel(BaseTuner):
         rest = {key: tensor for key, tensor in state_dict.items() if not artifact.is_ours(key)}
         # PEFT reports parameters that a file did not hold; these are loaded.
         for name, layer in _layers(model, adapter_name).items():
+            rest |= {f"{name}.{key}": tensor for key, tensor in layer.state_tensors(adapter_name).items()}
             rest[f"{name}.slicefine_weight.{adapter_name}"] = layer.slicefine_weight[adapter_name].detach()
             if adapter_name in layer.slicefine_bias:
                 rest[f"{name}.slicefine_bias.{adapter_name}"] = layer.slicefine_bias[adapter_name].detach()
@@ -198,6 +208,15 @@ def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, Slic
         for name, module in model.named_modules()
         if isinstance(module, SliceLinear) and (adapter_name is None or adapter_name in module.slicefine_weight)
     }
+
+
+def _name_problems(adapter_name: str) -> list[str]:
+    """What keeps a name from being used: parameters are kept under it, as in PEFT's own methods."""
+    if "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+        return [
+            f"an adapter's name has no dot and is no attribute of a torch module; got {adapter_name!r}. Choose another name."
+        ]
+    return []
 
 
 def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list[str]:
@@ -216,8 +235,9 @@ def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list
         else:
             shape = shape_of(module)
             read = functools.partial(present_values, weight_of(module))
-        region = artifact.Region.of(config.schedule.touched(config.step, shape))
-        problem = artifact.fingerprint_problem(name, expected, artifact.fingerprint(region, read))
+        step = artifact.step_of(expected)
+        region = Region.of(config.schedule.touched(step, shape))
+        problem = artifact.fingerprint_problem(name, expected, artifact.fingerprint(step, region, read))
         if problem:
             problems.append(problem)
     problems += [
@@ -247,19 +267,23 @@ def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, nn.Module]) -
 
 def _refuse_unfinite(model: nn.Module, adapter_names: list[str]) -> None:
     """Raise if a merge would leave NaN or Inf in the model; before the first layer is merged."""
-    bad = []
-    for name, layer in _layers(model).items():
-        for adapter in adapter_names:
-            if adapter in layer.slicefine_weight:
-                region = layer.region(adapter)
-                values = [layer.trained_values(adapter, axis, region.along(axis)) for axis in artifact.SLICE_AXES]
-                if adapter in layer.slicefine_bias:
-                    values.append(layer.slicefine_bias[adapter].detach())
-                if not all(bool(torch.isfinite(tensor).all()) for tensor in values):
-                    bad.append(name)
+    bad = [name for adapter in adapter_names for name in _unfinite(_layers(model, adapter), adapter)]
     if bad:
         raise SliceFineError(
             f"Only finite values are merged; {len(bad)} layers have NaN or Inf in what was trained: {', '.join(bad[:5])}"
             f"{', ...' if len(bad) > 5 else ''}. Nothing was merged. Train again with a lower learning rate or gradient clipping, or "
             "`unload()` to get the base model back."
         )
+
+
+def _unfinite(layers: dict[str, SliceLinear], adapter: str) -> list[str]:
+    """The layers in which `adapter` has trained something to NaN or Inf."""
+    bad = []
+    for name, layer in layers.items():
+        region = layer.region(adapter)
+        values = [layer.trained_values(adapter, axis, region.along(axis)) for axis in SLICE_AXES]
+        if adapter in layer.slicefine_bias:
+            values.append(layer.slicefine_bias[adapter].detach())
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in values):
+            bad.append(name)
+    return bad

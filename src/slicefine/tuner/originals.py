@@ -32,7 +32,7 @@ class Originals:
         new = torch.tensor(sorted(set(piece.indices) - set(self.index[piece.axis].tolist())), dtype=torch.int64)
         if not len(new):
             return
-        taken = _to_cpu(_read(weight, piece.axis, new))
+        taken = to_cpu(_read(weight, piece.axis, new))
         across = COLUMN if piece.axis == ROW else ROW
         crossing = self.values[across]
         if crossing is not None:
@@ -47,7 +47,7 @@ class Originals:
         The weight's version counter stays as it is: autograd is not to notice, because whoever exchanges does so twice
         around a computation that needs the other version (a disabled reference forward between forward and backward).
         """
-        present = {axis: _to_cpu(_read(weight, axis, self.index[axis])) for axis in self._axes()}
+        present = {axis: to_cpu(_read(weight, axis, self.index[axis])) for axis in self._axes()}
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
             for axis in self._axes():
                 stored = self.values[axis]
@@ -63,9 +63,9 @@ class Originals:
         place = {index: position for position, index in enumerate(self.index[axis].tolist())}
         return stored[torch.tensor([place[index] for index in indices], dtype=torch.int64)]
 
-    def nbytes(self) -> int:
-        """Bytes of the stored values."""
-        return sum(stored.nbytes for stored in self.values.values() if stored is not None)
+    def cast(self, dtype: torch.dtype) -> None:
+        """Follow the weight to another dtype."""
+        self.values = {axis: None if stored is None else stored.to(dtype) for axis, stored in self.values.items()}
 
     def _axes(self) -> list[str]:
         return [axis for axis in (ROW, COLUMN) if self.values[axis] is not None]
@@ -75,5 +75,6 @@ def _read(weight: Tensor, axis: str, index: Tensor) -> Tensor:
     return vectors(weight.detach(), axis).index_select(0, index.to(weight.device))
 
 
-def _to_cpu(tensor: Tensor) -> Tensor:
+def to_cpu(tensor: Tensor) -> Tensor:
+    """`tensor` on the CPU; on the meta device, where there is nothing to move, itself."""
     return tensor if tensor.is_meta else tensor.cpu()

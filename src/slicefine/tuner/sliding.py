@@ -1,20 +1,23 @@
 """Write back, count, slide, reset: what has to happen after every optimizer step, without anybody calling it.
 
-One process-wide hook runs after `step()` of every torch optimizer. It looks for masters among the optimizer's parameters
-and finds their layers through a weak set, because a parameter loses what is attached to it when a model is copied.
+Process-wide hooks run around `step()` of every torch optimizer. They look for masters among the optimizer's parameters
+and find their layers through a weak set, because a parameter loses what is attached to it when a model is copied.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import warnings
 import weakref
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.kernel import reset_moments
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 _layers: weakref.WeakSet[SliceLinear] = weakref.WeakSet()
 _warned: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_threads = threading.local()
 
 
 def watch(layer: SliceLinear) -> None:
@@ -31,28 +35,90 @@ def watch(layer: SliceLinear) -> None:
     _layers.add(layer)
 
 
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS) and _stepped_layers(_held([optimizer])):
+        raise SliceFineError(
+            "LBFGS evaluates the model between updates within one step, and a slice is written back after the step. Use an "
+            "optimizer that evaluates once per step, such as AdamW."
+        )
+    _running().append((optimizer, sys._getframe(1)))
+
+
+def _running() -> list[tuple[Optimizer, FrameType]]:
+    """The optimizers that are stepping in this thread, outermost first, each with the frame of its step.
+
+    One that wraps another steps around the other's step. One whose step has raised is not on the stack any more.
+    """
+    entered: list[tuple[Optimizer, FrameType]] = _threads.__dict__.setdefault("entered", [])
+    if entered:
+        alive, frame = set(), sys._getframe(1)
+        while frame is not None:
+            alive.add(id(frame))
+            frame = frame.f_back
+        entered[:] = [entry for entry in entered if id(entry[1]) in alive]
+    return entered
+
+
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _layers or _skipped(optimizer):
+    running = _running()
+    inner = _threads.__dict__.setdefault("inner", [])
+    while running and running.pop()[0] is not optimizer:
+        pass
+    if running:
+        inner.append(optimizer)
         return
-    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    stepped: list[tuple[SliceLinear, str]] = []
+    optimizers, _threads.inner = [optimizer, *inner], []
+    if _layers and not _skipped(optimizer):
+        _settle(optimizers)
+
+
+def _held(optimizers: list[Optimizer]) -> dict[int, dict[str, Any]]:
+    """Identity of each parameter of the optimizers -> its parameter group."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return {id(parameter): group for group in groups for parameter in group["params"]}
+
+
+def _stepped_layers(held: dict[int, dict[str, Any]]) -> list[tuple[SliceLinear, str]]:
+    """Layers and adapters with a master among the parameters `held`.
+
+    An adapter that is not installed is stepped only if it has a gradient, or zeros in its place.
+    """
+    stepped = []
     for layer in _layers:
-        adapter = layer.installed
-        if adapter is not None and id(layer.slicefine_weight[adapter]) in group_of:
-            stepped.append((layer, adapter))
+        for adapter, master in layer.slicefine_weight.items():
+            masters = [master, layer.slicefine_bias.get(adapter)]
+            mine = [m for m in masters if m is not None and id(m) in held]
+            if mine and (adapter == layer.installed or any(m.grad is not None for m in mine)):
+                stepped.append((layer, adapter))
+    return stepped
+
+
+def _settle(optimizers: list[Optimizer]) -> None:
+    held = _held(optimizers)
+    stepped = _stepped_layers(held)
     refuse_sharding([layer.slicefine_weight[adapter] for layer, adapter in stepped])
     if not stepped:
         return
-    _warn_of_weight_decay(optimizer, [group_of[id(layer.slicefine_weight[adapter])] for layer, adapter in stepped])
+    _warn_of_weight_decay(
+        optimizers[0], [held[id(p)] for layer, a in stepped if id(p := layer.slicefine_weight[a]) in held]
+    )
 
-    writes = [pair for layer, adapter in stepped for pair in layer.pending_writes(adapter)]
-    torch._foreach_copy_([destination for destination, _ in writes], [source for _, source in writes])
+    writes = [pair for layer, a in stepped if a == layer.installed for pair in layer.pending_writes(a, held)]
+    if writes:
+        torch._foreach_copy_([destination for destination, _ in writes], [source for _, source in writes])
     for layer, adapter in stepped:
-        state = layer.slicefine_state[adapter]
-        state.step += 1
-        if state.schedule.moves(state.step) != state.schedule.moves(state.step - 1):
-            layer.slide(adapter)
-            reset_moments(optimizer, [layer.slicefine_weight[adapter]])
+        with layer.shown(adapter) as was_hidden:
+            if was_hidden:  # stepped while disabled, or while another adapter was active
+                for destination, source in layer.pending_writes(adapter, held):
+                    destination.copy_(source)
+            if id(layer.slicefine_weight[adapter]) not in held:
+                continue
+            state = layer.slicefine_state[adapter]
+            state.step += 1
+            if state.schedule.moves(state.step) != state.schedule.moves(state.step - 1):
+                layer.slide(adapter)
+                for optimizer in optimizers:
+                    reset_moments(optimizer, [layer.slicefine_weight[adapter]])
 
 
 def refuse_sharding(masters: list[nn.Parameter]) -> None:
@@ -76,7 +142,7 @@ def _warn_of_weight_decay(optimizer: Optimizer, groups: list[dict[str, Any]]) ->
     if optimizer in _warned:
         return
     _warned.add(optimizer)
-    decay = max(group.get("weight_decay") or 0 for group in groups)
+    decay = max((group.get("weight_decay") or 0 for group in groups), default=0)
     if decay:
         warnings.warn(
             f"{type(optimizer).__name__} applies weight_decay={decay} to slices. A slice is a piece of a pretrained weight, so "
@@ -86,4 +152,5 @@ def _warn_of_weight_decay(optimizer: Optimizer, groups: list[dict[str, Any]]) ->
         )
 
 
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)

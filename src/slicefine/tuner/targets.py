@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from slicefine.errors import SliceFineError, did_you_mean
@@ -44,11 +45,12 @@ def find_problems(model: nn.Module, config: SliceFineConfig) -> list[str]:
     problems += _matching_problems(model, config, targets)
     parents = dict(model.named_modules())
     owners = Counter(
-        id(parameter) for module in _without_tuners(model) for parameter in module.parameters(recurse=False)
+        id(parameter) for _, m in model.named_modules(remove_duplicate=False) for parameter in m._parameters.values()
     )
     sound = {}
     for name, module in targets.items():
-        problem = _layer_problem(module, parents[name.rpartition(".")[0]], owners)
+        trained = ("weight", "bias") if config.bias != "none" else ("weight",)
+        problem = _layer_problem(module, parents[name.rpartition(".")[0]], owners, trained)
         if problem:
             problems.append(f"{name}: {problem}")
         else:
@@ -77,19 +79,18 @@ def _axis_names(config: SliceFineConfig, shape: Shape) -> str:
     return "rows" if _narrowest(config, shape) == shape[0] and config.axis != COLUMN else "columns"
 
 
-def _without_tuners(model: nn.Module) -> list[nn.Module]:
-    """All modules that own parameters of the base model."""
-    inside = {id(m) for t in model.modules() if isinstance(t, BaseTunerLayer) for m in t.modules() if m is not t}
-    bases = {id(t.get_base_layer()) for t in model.modules() if isinstance(t, BaseTunerLayer)}
-    return [m for m in model.modules() if not isinstance(m, BaseTunerLayer) and (id(m) not in inside or id(m) in bases)]
-
-
 def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, nn.Module]) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     linear = [name for name, module in model.named_modules() if isinstance(module, (*BASE_LAYERS, SliceLinear))]
     problems = []
     for setting in ("target_modules", "exclude_modules", "modules_to_save"):
         wanted = getattr(config, setting)
+        if (
+            isinstance(wanted, str)
+            and setting == "exclude_modules"
+            and not any(re.fullmatch(wanted, key) for key in names)
+        ):
+            problems.append(f"`exclude_modules` is a regular expression that matches no module; got {wanted!r}.")
         if wanted is None or isinstance(wanted, str):
             continue
         if setting == "modules_to_save":  # PEFT adds all usual names of a head, of which a model has one
@@ -144,7 +145,7 @@ def _environment_problems(model: nn.Module) -> list[str]:
     return problems
 
 
-def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int]) -> str | None:
+def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int], trained: tuple[str, ...]) -> str | None:
     if isinstance(module, SliceLinear):
         return None
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -156,6 +157,8 @@ def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int]) -
     weight = module.weight
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return f"a slice needs a weight in bf16, fp16, fp32 or fp64; this one is {weight.dtype} ({kind}). Load the model unquantized."
+    if type(weight.data) is not Tensor and not isinstance(weight, DTensor):
+        return f"its weight is a {type(weight.data).__name__}, which stores its values in a way of its own. {leave_out}"
     if isinstance(weight, DTensor) or any(key in vars(weight) for key in ("ds_id", "_is_flat_param")):
         return f"its weight is cut into shards ({type(weight).__name__}), which is not supported yet. Attach to an unsharded model."
     hook = getattr(module, "_hf_hook", None)
@@ -168,8 +171,13 @@ def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int]) -
         return f"it is a {kind}, a linear layer with a way of its own to compute or store its weight. {leave_out}"
     if isinstance(parent, nn.MultiheadAttention):
         return f"torch.nn.MultiheadAttention reads its weight without calling the layer, so a slice would get no gradient. {leave_out}"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return f"it has forward hooks, which training a slice would pass by. Remove them, or register them after attaching. {leave_out}"
-    if owners[id(weight)] > 1:
-        return "its weight is tied to another module's, which would change with it. Untie them, or leave it out with `exclude_modules`."
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(module):
+        return f"it has hooks or a `forward` of its own, which training a slice would pass by. Remove them, or register them after attaching. {leave_out}"
+    for kind in trained:
+        if module._parameters[kind] is not None and owners[id(module._parameters[kind])] > 1:
+            return (
+                f"its {kind} is tied: another module, or another name of this one, has the same and would change with it. "
+                f"Untie them, or leave it out with `exclude_modules`."
+            )
     return None

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 20
+"""Problems that one message lists."""
+
 
 class SliceFineError(ValueError):
     """A rule is broken. The message states the rule, the value received, where, and the fix.
@@ -29,5 +32,6 @@ def raise_all(problems: list[str], where: str) -> None:
         return
     if len(problems) == 1:
         raise SliceFineError(f"{where}: {problems[0]}")
-    lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
-    raise SliceFineError(f"{where}: {len(problems)} problems\n{lines}")
+    lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems[:SHOWN], 1))
+    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    raise SliceFineError(f"{where}: {len(problems)} problems\n{lines}{more}")

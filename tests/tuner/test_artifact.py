@@ -183,6 +183,32 @@ def test_an_altered_file(tmp_path):
     refused(base, tmp_path, "does not hold the values that were saved", "digest", "The file was altered")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda head: head.view(-1)[:1].add_(1e-3), ["digests of classifier.weight"]),
+        (lambda head: head.fill_(float("nan")), ["digests of classifier.weight"]),
+        (None, ["digests of classifier.weight"]),
+    ],
+)
+def test_a_damaged_head(tmp_path, change, words):
+    model = get_peft_model(bert(), SliceFineConfig(r=2, task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    key = "base_model.model.classifier.weight"
+    if change is None:
+        del tensors[key]
+    else:
+        change(tensors[key])
+    save_file(tensors, tmp_path / WEIGHTS)
+    refused(bert(), tmp_path, *words)
+
+
+def test_a_head_of_another_size(tmp_path):
+    get_peft_model(bert(), SliceFineConfig(r=2, task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    refused(bert(num_labels=2), tmp_path, r"classifier.*\(3, 16\).*\(2, 16\)", "num_labels")
+
+
 def test_a_missing_file_and_a_pickle_beside_it(tmp_path):
     base, _, _ = saved(tmp_path)
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
@@ -191,13 +217,13 @@ def test_a_missing_file_and_a_pickle_beside_it(tmp_path):
 
 def alter(folder, change):
     """Rewrite the file and its digest, as somebody would who means it."""
-    from slicefine.tuner.artifact import digest_of
+    from slicefine.tuner.artifact import digests_of
 
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["digest"] = digest_of(tensors)
+    config["digest"] = digests_of(tensors)
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 

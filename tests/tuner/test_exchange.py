@@ -188,6 +188,14 @@ def test_nan_is_never_merged(merge):
     )
 
 
+def test_a_head_with_nan_is_never_merged():
+    model = get_peft_model(bert(), SliceFineConfig(r=2, task_type="SEQ_CLS"))
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight[0, 0] = float("nan")
+    with pytest.raises(SliceFineError, match=r"Only finite values are merged.*classifier.weight"):
+        model.merge_and_unload()
+
+
 def test_a_real_architecture_with_a_head_trained_in_full():
     base = bert()
     model = get_peft_model(

@@ -11,7 +11,7 @@ from tiny import adapted_mlp, bert, differences, fit, mlp
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from slicefine import SliceFineConfig, SliceFineError, active_slices
+from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning, active_slices
 
 
 def refused(model, config, *words):
@@ -58,7 +58,10 @@ def test_settings(settings, words):
             ["'lin7'", "Did you mean 'lin0'|Did you mean 'lin1'", r"head \(1\), lin0 \(1\), lin1 \(1\)"],
         ),
         ({"target_modules": ["lin0", "line"]}, ["'line'", r"these match: lin0 \(1\)"]),
-        ({"target_modules": ".*query"}, ["no module matches", "'.*query'", r"lin0 \(1\)"]),
+        (
+            {"target_modules": ".*query"},
+            ["no module matches", "a string is a regular expression", "'.*query'", r"lin0 \(1\)"],
+        ),
         ({"target_modules": ["lin0"], "exclude_modules": ["lin0"]}, ["no module matches", "exclude_modules"]),
         ({"exclude_modules": ["hed"]}, ["`exclude_modules`", "'hed'", "Did you mean 'head'"]),
         ({"modules_to_save": ["hed"]}, ["`modules_to_save`", "'hed'", "Did you mean 'head'"]),
@@ -72,6 +75,11 @@ def test_settings(settings, words):
 )
 def test_targets_of_a_small_network(settings, words):
     refused(mlp(), SliceFineConfig(**settings), *words)
+
+
+def test_a_head_that_may_be_new_is_said():
+    with pytest.warns(SliceFineWarning, match=r"head 'classifier'.*modules_to_save=\['classifier'\].*SEQ_CLS"):
+        get_peft_model(bert(), SliceFineConfig(r=2))
 
 
 def test_blocks_that_are_not_there():

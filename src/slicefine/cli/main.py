@@ -46,11 +46,12 @@ def _run(arguments: list[str]) -> int:
         description="Fine-tune pretrained models by training sliding slices of the weights that are already there.",
         version=__version__,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     commands = parser.add_subcommands(dest="verb", required=False, title="verbs", metavar="VERB")
     parsers = {}
     for name, module in verbs.items():
-        parsers[name] = ArgumentParser(description=module.HELP, exit_on_error=False)
+        parsers[name] = ArgumentParser(description=module.HELP, exit_on_error=False, allow_abbrev=False)
         module.add(parsers[name])
         commands.add_subcommand(name, parsers[name], help=module.HELP)
     try:

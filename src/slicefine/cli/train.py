@@ -55,7 +55,7 @@ def summary(record: RunRecord, output: str) -> str:
         )
     scores = [
         f"{name:<12} {before:.4g} -> {record.metrics['after'][name]:.4g}"
-        for name, before in record.metrics["before"].items()
+        for name, before in record.metrics.get("before", {}).items()
         if name in record.metrics["after"]
     ]
     counts: Mapping[str, int | None] = record.parameters

@@ -35,9 +35,23 @@ def export(run: str | Path, kind: str, out: str | Path) -> Path:
     adapter, out = _adapter_folder(Path(run)), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SliceFineError(f"An export goes into a new or empty folder; {out} has something in it. Name another.")
-    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = {}
+    for name in ("adapter_config.json", "config.json"):
+        try:
+            settings |= json.loads((adapter / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SliceFineError(
+                f"{adapter / name} is not complete JSON ({error}). Copy or save the adapter again."
+            ) from error
     task = _task_of(settings.get("task_type"), adapter)
-    base = task.load_base(settings["base_model_name_or_path"], adapter)
+    name = settings.get("base_model_name_or_path")
+    try:
+        base = task.load_base(name, adapter)
+    except (OSError, ValueError) as error:
+        raise SliceFineError(
+            f"The base model {name!r}, which {adapter / 'adapter_config.json'} names, did not load: {str(error).splitlines()[0]} Put it back "
+            "there, or write its new place into the file."
+        ) from error
     model = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()  # pyright: ignore[reportCallIssue]
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}")

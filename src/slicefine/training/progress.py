@@ -49,8 +49,11 @@ class SliceFineProgress(ProgressCallback):
             return
         self._loss = logs.get("loss", self._loss)
         step, schedule = progress(self._layers)
-        planned = schedule.moves(step + state.max_steps - state.global_step)
-        self.training_bar.set_postfix_str(f"loss {self._loss:.4g}, moves {schedule.moves(step)}/{planned}")
+        planned = schedule.moves(
+            step + state.max_steps - state.global_step - 1
+        )  # one after the last step trains nothing
+        made = min(schedule.moves(step), planned)
+        self.training_bar.set_postfix_str(f"loss {self._loss:.4g}, moves {made}/{planned}")
 
 
 class StepTimer(TrainerCallback):
@@ -108,7 +111,7 @@ class Interrupt(TrainerCallback):
     ) -> None:
         # Trainer ends the epoch when it is told to stop. Validating draws random numbers: a run that is to go on as if it had
         # never been stopped validates where an epoch really ends, before its checkpoint, and nowhere else.
-        if self.asked:
+        if self.asked and control.should_training_stop:  # and not asked since the step ended: then the next step is the last
             ended = state.epoch is not None and float(state.epoch).is_integer()
             control.should_evaluate = control.should_evaluate and ended
             control.should_save = ended

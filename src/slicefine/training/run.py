@@ -19,7 +19,11 @@ from peft import get_peft_model
 from peft.peft_model import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    get_available_reporting_integrations,
+)
 
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
 from slicefine.training import folder as folders
@@ -118,6 +122,7 @@ def _run(
     trainer.remove_callback(PrinterCallback)  # Trainer's stand-in for the bar that `disable_tqdm` takes away
     if checkpoint is None:
         record.metrics["before"] = _scores(trainer.evaluate())
+        record.write(folder)
     seconds_before = record.timings.get("train_seconds", 0.0)
     began = time.perf_counter()
     try:
@@ -127,7 +132,7 @@ def _run(
         seconds = seconds_before + time.perf_counter() - began
         record.timings = {"train_seconds": round(seconds, 3), **timer.summary()}
         record.steps = trainer.state.global_step
-        record.moves = recipe.slice_schedule.moves(record.steps)
+        record.moves = recipe.slice_schedule.moves(max(record.steps - 1, 0))  # one after the last step trains nothing
         record.parameters = dataclasses.asdict(parameter_counts(model, record.planned_steps))
     if interrupt.asked and record.steps < record.planned_steps:
         record.status = "interrupted"
@@ -144,6 +149,11 @@ def _setting_problems(recipe: Recipe) -> list[str]:
         f"`training.report_to` names trackers that transformers knows; got {name!r}.{did_you_mean(name, known)}"
         for name in _report_to(recipe)
         if name not in known
+    ]
+    problems += [
+        f"`training.report_to` names {name!r}, which is not installed. Install it, or leave it out."
+        for name in _report_to(recipe)
+        if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations()
     ]
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         problems.append(

@@ -50,6 +50,12 @@ class LayerValues:
         return parts
 
 
+def digests_of(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """One digest for all that is ours (`"slices"`), and one for each tensor of a head, by its name."""
+    heads = {_bare(key): digest_of({key: tensor}) for key, tensor in tensors.items() if not is_ours(key)}
+    return {"slices": digest_of({key: tensor for key, tensor in tensors.items() if is_ours(key)})} | heads
+
+
 def digest_of(tensors: dict[str, Tensor]) -> str:
     """Digest of names, dtypes, shapes and bytes; PEFT's root prefix in a name does not count."""
     state = hashlib.blake2b(digest_size=16)
@@ -99,7 +105,7 @@ def fingerprint_problem(target: str, expected: str, found: str) -> str | None:
     )
 
 
-def check_folder(folder: str | os.PathLike[str], subfolder: str | None, digest: str | None) -> None:
+def check_folder(folder: str | os.PathLike[str], subfolder: str | None, digest: dict[str, str] | None) -> None:
     """Raise `SliceFineError` if the adapter in a local folder cannot be what was saved.
 
     Hub names, and folders that hold a configuration alone (no `digest`), are passed over.
@@ -118,16 +124,17 @@ def check_folder(folder: str | os.PathLike[str], subfolder: str | None, digest: 
         )
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys() if is_ours(key)}  # noqa: SIM118 -- not a dict
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 -- not a dict
     except SafetensorError as error:
         raise SliceFineError(
             f"{file} is not a complete safetensors file ({error}). It is truncated or damaged: copy or save it again."
         ) from error
-    found = digest_of(tensors)
-    if found != digest:
+    found = digests_of(tensors)
+    other = sorted(name for name in digest if found.get(name) != digest[name])
+    if other:
         raise SliceFineError(
-            f"{file} does not hold the values that were saved: their digest is {found}, adapter_config.json beside it "
-            f"says {digest}. The file was altered, or the two files are from different adapters: copy or save both again."
+            f"{file} does not hold the values that were saved: the digests of {', '.join(other)} are not those in adapter_config.json "
+            f"beside it. The file was altered, or the two files are from different adapters: copy or save both again."
         )
 
 

@@ -44,7 +44,7 @@ class SliceFineConfig(PeftConfig):
         init_weights: False adds noise to the first slice. For tests only.
         step: Set by saving: optimizer steps made. Decides the shapes in the file.
         fingerprints: Set by saving: per target, digests of the base's original bytes in the touched rows and columns.
-        digest: Set by saving: digest of the saved values.
+        digest: Set by saving: digests of the saved values, of slices and heads.
     """
 
     r: int = field(default=1, metadata={"help": "Rank: rows or columns in a slice."})
@@ -75,7 +75,9 @@ class SliceFineConfig(PeftConfig):
     fingerprints: dict[str, str] | None = field(
         default=None, metadata={"help": "Set by saving: digests of the base's original bytes."}
     )
-    digest: str | None = field(default=None, metadata={"help": "Set by saving: digest of the saved values."})
+    digest: dict[str, str] | None = field(
+        default=None, metadata={"help": "Set by saving: digests of the saved values."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

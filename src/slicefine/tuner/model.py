@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from peft.peft_model import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
+from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, raise_all
 from slicefine.slicing import ALTERNATE, SLICE_AXES, Region
 from slicefine.tuner import artifact, targets
 from slicefine.tuner.config import SliceFineConfig
@@ -163,7 +164,7 @@ class SliceFineModel(BaseTuner):
                 stacklevel=2,
             )
         config.fingerprints = fingerprints
-        config.digest = artifact.digest_of(tensors)
+        config.digest = artifact.digests_of(tensors | _heads(model, adapter_name))
         return tensors
 
     @classmethod
@@ -179,7 +180,9 @@ class SliceFineModel(BaseTuner):
         ours = {key: tensor for key, tensor in state_dict.items() if artifact.is_ours(key)}
         wanted = {name: (layer.shape, adapter_name in layer.slicefine_bias) for name, layer in layers.items()}
         tuner = model.base_model if isinstance(model, PeftModel) else None
+        rest = {key: tensor for key, tensor in state_dict.items() if not artifact.is_ours(key)}
         try:
+            _refuse_other_shapes(model, rest)
             parsed = artifact.parse(ours, wanted, config.schedule)
         except SliceFineError:
             if isinstance(tuner, SliceFineModel) and tuner._awaiting == adapter_name:
@@ -191,7 +194,6 @@ class SliceFineModel(BaseTuner):
             layers[name].load(
                 adapter_name, step=values.step, master=values.master, values=values.values, bias=values.bias
             )
-        rest = {key: tensor for key, tensor in state_dict.items() if not artifact.is_ours(key)}
         # PEFT reports parameters that a file did not hold; these are loaded.
         for name, layer in _layers(model, adapter_name).items():
             rest |= {f"{name}.{key}": tensor for key, tensor in layer.state_tensors(adapter_name).items()}
@@ -217,6 +219,17 @@ def _name_problems(adapter_name: str) -> list[str]:
             f"an adapter's name has no dot and is no attribute of a torch module; got {adapter_name!r}. Choose another name."
         ]
     return []
+
+
+def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The parameters of the modules that are trained in full, by their keys in the file."""
+    wrappers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+    return {
+        f"{name}.{key}": tensor
+        for name, wrapper in wrappers.items()
+        if adapter_name in wrapper._adapters
+        for key, tensor in wrapper.adapter_state_dict(adapter_name, wrapper.state_dict()).items()
+    }
 
 
 def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list[str]:
@@ -250,9 +263,19 @@ def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list
 def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, nn.Module]) -> None:
     narrow = targets.clamped(found, config)
     if narrow and config.fingerprints is None:
-        listed = ", ".join(f"{name} {shape}" for name, shape in narrow.items())
+        listed = ", ".join(f"{name} {shape}" for name, shape in list(narrow.items())[:SHOWN])
+        listed += f" and {len(narrow) - SHOWN} more" if len(narrow) > SHOWN else ""
         warnings.warn(
             f"r={config.r} is more than some weights have rows or columns; their slices are as wide as the weight: {listed}.",
+            SliceFineWarning,
+            stacklevel=2,
+        )
+    heads = [name for name in found if name in SEQ_CLS_HEAD_NAMES]
+    if heads and targets.names_all_linear(config) and config.fingerprints is None:
+        warnings.warn(
+            f"The head {heads[0]!r} is sliced like any other layer. If it is new, its random values are in no file and the adapter will "
+            f"fit no other copy of the model: train it in full with modules_to_save={heads!r}, or say what the model is for with "
+            "task_type='SEQ_CLS'.",
             SliceFineWarning,
             stacklevel=2,
         )
@@ -265,9 +288,24 @@ def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, nn.Module]) -
         )
 
 
+def _refuse_other_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise if a head of the file is not as large as that of the model."""
+    present = dict(model.named_parameters())
+    problems = [
+        f"{key}: the file has shape {tuple(tensor.shape)}, this model {tuple(present[key].shape)}. Load the base with as many labels as the "
+        "adapter was trained for (`num_labels`)."
+        for key, tensor in tensors.items()
+        if key in present and present[key].shape != tensor.shape
+    ]
+    raise_all(problems, "The file does not fit the model; nothing was loaded")
+
+
 def _refuse_unfinite(model: nn.Module, adapter_names: list[str]) -> None:
     """Raise if a merge would leave NaN or Inf in the model; before the first layer is merged."""
     bad = [name for adapter in adapter_names for name in _unfinite(_layers(model, adapter), adapter)]
+    bad += [
+        key for a in adapter_names for key, values in _heads(model, a).items() if not bool(torch.isfinite(values).all())
+    ]
     if bad:
         raise SliceFineError(
             f"Only finite values are merged; {len(bad)} layers have NaN or Inf in what was trained: {', '.join(bad[:5])}"

@@ -54,7 +54,7 @@ def main() -> None:
     left.title.set_fontsize(8)
     figure.colorbar(image, ax=left, label="absolute change (grey: untouched)")
     right.plot(*zip(*losses, strict=True), color="C0")
-    for move in range(settings["slide_every"], losses[-1][0] + 1, settings["slide_every"]):
+    for move in range(settings["slide_every"], losses[-1][0], settings["slide_every"]):
         right.axvline(move, color="0.75", linewidth=0.8, zorder=0)
     right.set(
         title="Training loss; grey lines: the slices move",

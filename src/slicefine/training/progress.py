@@ -111,7 +111,9 @@ class Interrupt(TrainerCallback):
     ) -> None:
         # Trainer ends the epoch when it is told to stop. Validating draws random numbers: a run that is to go on as if it had
         # never been stopped validates where an epoch really ends, before its checkpoint, and nowhere else.
-        if self.asked and control.should_training_stop:  # and not asked since the step ended: then the next step is the last
+        if (
+            self.asked and control.should_training_stop
+        ):  # and not asked since the step ended: then the next step is the last
             ended = state.epoch is not None and float(state.epoch).is_integer()
             control.should_evaluate = control.should_evaluate and ended
             control.should_save = ended

@@ -36,6 +36,8 @@ def watch(layer: SliceLinear) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _layers:
+        return
     if isinstance(optimizer, torch.optim.LBFGS) and _stepped_layers(_held([optimizer])):
         raise SliceFineError(
             "LBFGS evaluates the model between updates within one step, and a slice is written back after the step. Use an "

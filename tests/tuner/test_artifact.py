@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import adapted_mlp, batch, bert, differences, fit, mlp, outputs, tokens, trainable
+from tiny import adapted_mlp, bert, differences, fit, mlp, outputs, tokens, trainable
 
 from slicefine import SliceFineConfig, SliceFineError, active_slices, touched_slices
 from slicefine.slicing import artifact_size
@@ -292,9 +292,8 @@ def test_a_saved_configuration_starts_afresh_on_its_own_base(tmp_path):
     fit(model, 2)
 
 
-def test_from_another_process_layout(tmp_path):
-    """The folder holds what PEFT's loaders expect, and nothing that could run code."""
+def test_what_the_folder_holds(tmp_path):
+    """What PEFT's loaders expect, and nothing that could run code."""
     saved(tmp_path)
     assert {p.name for p in Path(tmp_path).iterdir()} == {WEIGHTS, "adapter_config.json", "README.md"}
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / WEIGHTS).values())
-    assert batch().shape == (8, 10)

@@ -11,7 +11,7 @@ from tiny import adapted_mlp, batch, differences, fit, llama, mlp, outputs, toke
 import slicefine
 from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning, active_slices, parameter_counts, touched_slices
 from slicefine.kernel import vectors
-from slicefine.slicing import Schedule, Slice
+from slicefine.slicing import Slice
 from slicefine.tuner.layer import SliceLinear
 
 OPTIMIZERS = {
@@ -194,19 +194,22 @@ def test_biases_are_trained_through_fp32_masters():
     assert not layer.base_layer.bias.requires_grad
 
 
-def test_a_language_model_with_gradient_checkpointing():
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_language_model_with_gradient_checkpointing(reentrant):
     model = get_peft_model(llama(), SliceFineConfig(r=2, slide_every=2))
     twin = copy.deepcopy(model)
-    ids = tokens()
+    ids, calls = tokens(), []
+    twin.base_model.model.model.layers[0].self_attn.register_forward_hook(lambda *arguments: calls.append(1))
+    twin.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    twin.base_model.model.enable_input_require_grads()  # PEFT does so when checkpointing is on before attaching
     for net in (model, twin):
         net.train()
-        if net is twin:
-            net.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(trainable(net), lr=1e-2, weight_decay=0.0)
         for _ in range(5):
             net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+    assert len(calls) == 10, "nothing was computed again in backward"
     assert not differences(model, twin)
     assert active_slices(model)["model.layers.0.self_attn.q_proj"] == Slice("row", 2, 2)
 
@@ -264,14 +267,6 @@ def test_casting_the_model_keeps_masters_wide(cast):
         assert layer.slicefine_weight["default"].dtype is torch.float32
         assert layer.slicefine_bias["default"].dtype is torch.float32
     fit(model, 4)
-
-
-def test_positions_do_not_depend_on_the_seed_of_torch():
-    schedule = Schedule(r=2, axis="row", slide_every=1, order="random", seed=0)
-    torch.manual_seed(1)
-    first = [schedule.slice_at(s, (16, 4)) for s in range(8)]
-    torch.manual_seed(2)
-    assert [schedule.slice_at(s, (16, 4)) for s in range(8)] == first
 
 
 def test_an_optimizer_of_another_model_is_left_alone():

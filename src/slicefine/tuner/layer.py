@@ -8,82 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from slicefine.errors import SliceFineError
 from slicefine.kernel import slice_linear, vectors
 from slicefine.slicing import SLICE_AXES, Region, Schedule, Shape, Slice
 from slicefine.tuner import artifact, sliding
+from slicefine.tuner.adapter_state import AdapterState, MasterDict
+from slicefine.tuner.base_layers import present_values, shape_of, weight_of
 from slicefine.tuner.originals import Originals, to_cpu
 
 ROOM = tuple(f"slicefine_{name}" for name in (*SLICE_AXES, "step"))
 """Where `expect` makes room: the parts of a saved layer that have no parameter of their own."""
-
-
-@dataclass
-class AdapterState:
-    """What a layer knows of one adapter beside its parameters."""
-
-    schedule: Schedule
-    active: Slice
-    """The slice that the next optimizer step trains."""
-    step: int = 0
-    """Optimizer steps that have trained this layer's slices."""
-    originals: Originals = field(default_factory=Originals)
-    """The other version of the covered rows and columns."""
-    bias: Tensor | None = None
-    """The other version of the bias, `(d_out,)`, CPU, base dtype; None if it is not trained."""
-
-
-class MasterDict(nn.ParameterDict):
-    """Parameters that stay at least fp32 when the model is cast: the optimizer's updates would drown in bf16."""
-
-    def place(self, name: str, values: Tensor) -> None:
-        """Add a parameter, on the device of `values` also where new parameters are being diverted to the meta device.
-
-        PEFT does that for `low_cpu_mem_usage`; it would gain nothing here, and lose the values.
-        """
-        parameter = nn.Parameter(values)
-        self[name] = parameter
-        self._parameters[name] = parameter
-
-    def _apply(self, fn, recurse=True):
-        def keep_wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrowed = tensor.is_floating_point() and moved.dtype.itemsize < min(4, tensor.dtype.itemsize)
-            return tensor.to(moved.device) if narrowed else moved
-
-        return super()._apply(keep_wide, recurse)
-
-
-BASE_LAYERS = (nn.Linear, Conv1D)
-"""What can hold slices."""
-
-
-def weight_of(base_layer: nn.Module) -> Tensor:
-    """The weight of a base layer as `(d_out, d_in)`. A view: transformers' Conv1D (GPT-2) stores it transposed."""
-    weight = base_layer._parameters["weight"]
-    assert weight is not None
-    return weight.t() if isinstance(base_layer, Conv1D) else weight
-
-
-def shape_of(base_layer: nn.Module) -> Shape:
-    """`(d_out, d_in)` of the weight of a base layer."""
-    d_out, d_in = weight_of(base_layer).shape
-    return d_out, d_in
-
-
-def present_values(weight: Tensor, axis: str, indices: tuple[int, ...]) -> Tensor:
-    """Rows or columns of `weight` `(d_out, d_in)` as they are now, `(len(indices), length)`, on the CPU."""
-    index = torch.tensor(indices, dtype=torch.int64, device=weight.device)
-    return vectors(weight.detach(), axis).index_select(0, index).cpu()
 
 
 def _settle_after_loading(layer: nn.Module, incompatible_keys: Any) -> None:

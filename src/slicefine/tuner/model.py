@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, raise_all
 from slicefine.slicing import ALTERNATE, SLICE_AXES, Region
 from slicefine.tuner import artifact, targets
+from slicefine.tuner.base_layers import present_values, shape_of, weight_of
 from slicefine.tuner.config import SliceFineConfig
-from slicefine.tuner.layer import SliceLinear, present_values, shape_of, weight_of
+from slicefine.tuner.layer import SliceLinear
 
 
 class SliceFineModel(BaseTuner):
@@ -47,7 +48,7 @@ class SliceFineModel(BaseTuner):
         config = copy.deepcopy(self.peft_config[adapter_name])
         assert isinstance(config, SliceFineConfig)
         found = targets.find_targets(model, config)
-        problems = targets.find_problems(model, config) + _name_problems(adapter_name)
+        problems = targets.find_problems(model, config, found) + _name_problems(adapter_name)
         if not problems and config.fingerprints is not None:
             problems = _base_problems(found, config)
         raise_all(problems, f"Adapter {adapter_name!r} cannot be attached")

@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from slicefine.errors import SliceFineError, did_you_mean
 from slicefine.slicing import ALTERNATE, COLUMN, ROW
+from slicefine.tuner.base_layers import BASE_LAYERS, shape_of
 from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
-from slicefine.tuner.layer import BASE_LAYERS, SliceLinear, shape_of
+from slicefine.tuner.layer import SliceLinear
 from slicefine.tuner.sliding import refuse_sharding
 
 if TYPE_CHECKING:
@@ -38,9 +39,8 @@ def names_all_linear(config: SliceFineConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
-def find_problems(model: nn.Module, config: SliceFineConfig) -> list[str]:
-    """Everything that keeps `config` from being attached to `model`, one sentence each."""
-    targets = find_targets(model, config)
+def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, nn.Module]) -> list[str]:
+    """Everything that keeps `config` from being attached to the `targets` of `model`, one sentence each."""
     problems = _environment_problems(model)
     problems += _matching_problems(model, config, targets)
     parents = dict(model.named_modules())

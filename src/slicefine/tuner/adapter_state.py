@@ -1,0 +1,46 @@
+"""What a layer holds of one adapter: its parameters, and what it knows beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from slicefine.slicing import Schedule, Slice
+from slicefine.tuner.originals import Originals
+
+
+@dataclass
+class AdapterState:
+    """What a layer knows of one adapter beside its parameters."""
+
+    schedule: Schedule
+    active: Slice
+    """The slice that the next optimizer step trains."""
+    step: int = 0
+    """Optimizer steps that have trained this layer's slices."""
+    originals: Originals = field(default_factory=Originals)
+    """The other version of the covered rows and columns."""
+    bias: Tensor | None = None
+    """The other version of the bias, `(d_out,)`, CPU, base dtype; None if it is not trained."""
+
+
+class MasterDict(nn.ParameterDict):
+    """Parameters that stay at least fp32 when the model is cast: the optimizer's updates would drown in bf16."""
+
+    def place(self, name: str, values: Tensor) -> None:
+        """Add a parameter, on the device of `values` also where new parameters are being diverted to the meta device.
+
+        PEFT does that for `low_cpu_mem_usage`; it would gain nothing here, and lose the values.
+        """
+        parameter = nn.Parameter(values)
+        self[name] = parameter
+        self._parameters[name] = parameter
+
+    def _apply(self, fn, recurse=True):
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = tensor.is_floating_point() and moved.dtype.itemsize < min(4, tensor.dtype.itemsize)
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(keep_wide, recurse)

@@ -86,6 +86,8 @@ def test_the_flags_of_train_are_a_decision(capsys: pytest.CaptureFixture[str]) -
     [
         (["trian"], "There is no verb 'trian'; there are train, export, demo. Did you mean 'train'?"),
         (["--verison"], "There is no argument '--verison' here. Did you mean '--version'?"),
+        (["train", "r.yaml", "--r", "3"], "There is no argument '--r' here."),
+        (["train", "r.yaml", "--training.bf16"], "--training.bf16 takes a value: --training.bf16 VALUE"),
         (["train"], "RECIPE is missing."),
         (["train", "a.yaml", "--slice.rr", "3"], "no argument '--slice.rr' here. Did you mean '--slice.r'?"),
         (["train", "a.yaml", "--slice.rr=3"], "no argument '--slice.rr' here. Did you mean '--slice.r'?"),

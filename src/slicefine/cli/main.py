@@ -76,6 +76,8 @@ def _in_words(error: ArgumentError, verbs: list[str], help_text: str) -> str:
         word = found[1].partition("=")[0]
         flags = sorted(set(re.findall(r"--[\w.]+", help_text)))
         return f"There is no argument {word!r} here.{did_you_mean(word, flags)} See --help."
+    if found := re.search(r"argument (--[\w.]+).*expected one argument", text):
+        return f"{found[1]} takes a value: {found[1]} VALUE (true or false for a switch). See --help."
     if found := re.search(r"arguments are required: (.*)", text):
         missing = [name.rpartition(".")[2].upper() for name in found[1].split(", ")]
         return f"{' and '.join(missing)} is missing. See --help."

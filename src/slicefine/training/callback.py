@@ -167,7 +167,7 @@ def _warn_if_too_short(layers: dict[str, SliceLinear], steps_to_go: int) -> None
     warnings.warn(
         f"The run ends after {end} optimizer steps and the slices move every {schedule.slide_every}: they never move, and "
         f"one position of each weight is all that is trained. Set slide_every={fitting} ({max(end - 1, 0) // fitting} "
-        "moves; the paper's runs make 5 to 10), train longer, or set slide_every=None if this is what you want.",
+        "moves; the paper's runs make 5 to 10), train longer, or set slide_every=None (null in a recipe) if this is what you want.",
         SliceFineWarning,
         stacklevel=2,
     )

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from slicefine.errors import SliceFineError
@@ -123,8 +124,7 @@ def check_folder(folder: str | os.PathLike[str], subfolder: str | None, digest: 
             "Save the adapter again with `save_pretrained`."
         )
     try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 -- not a dict
+        tensors = load_file(file)
     except SafetensorError as error:
         raise SliceFineError(
             f"{file} is not a complete safetensors file ({error}). It is truncated or damaged: copy or save it again."

@@ -42,8 +42,9 @@ class SliceFineConfig(PeftConfig):
         modules_to_save: Modules to train in full and save with the adapter, e.g. a new classifier head.
         bias: `"none"`, or `"slicefine_only"`: the biases of targeted layers are trained in full.
         init_weights: False adds noise to the first slice. For tests only.
-        step: Set by saving: optimizer steps made. Decides the shapes in the file.
-        fingerprints: Set by saving: per target, digests of the base's original bytes in the touched rows and columns.
+        step: Set by saving: optimizer steps made.
+        fingerprints: Set by saving: per target, its steps, which decide the shapes in the file, and digests of the base's
+            original bytes in the touched rows and columns.
         digest: Set by saving: digests of the saved values, of slices and heads.
     """
 

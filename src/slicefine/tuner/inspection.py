@@ -75,11 +75,6 @@ def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCou
     )
 
 
-def optimizer_steps(model: nn.Module) -> int:
-    """Optimizer steps that the active adapter has made; the most, if optimizers were stepped unequally often."""
-    return max(layer.slicefine_state[adapter].step for _, layer, adapter in _tuned(model))
-
-
 def update_norms(model: nn.Module) -> dict[str, float]:
     """Target name -> `update_norm` of its active slice."""
     return {name: update_norm(layer, layer.slicefine_state[adapter].active) for name, layer, adapter in _tuned(model)}

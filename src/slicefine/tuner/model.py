@@ -33,7 +33,6 @@ class SliceFineModel(BaseTuner):
 
     prefix: str = artifact.PREFIX
     tuner_layer_cls = SliceLinear
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 -- PEFT's class attribute; unused, targets have a default
     _awaiting: str | None = None
     """The adapter that was attached from a saved configuration and whose values have not come yet."""
 

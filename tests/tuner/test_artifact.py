@@ -1,6 +1,7 @@
 """Save and load: the same bits come back, or nothing is changed at all."""
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny import adapted_mlp, bert, differences, fit, mlp, outputs, tokens, trai
 
 from slicefine import SliceFineConfig, SliceFineError, active_slices, touched_slices
 from slicefine.slicing import artifact_size
+from slicefine.tuner.seal import Seal, digest_of_values
 
 SETTINGS = [
     {"axis": "row"},
@@ -180,15 +182,15 @@ def test_an_altered_file(tmp_path):
     data = bytearray(file.read_bytes())
     data[-20] ^= 1
     file.write_bytes(data)
-    refused(base, tmp_path, "does not hold the values that were saved", "digest", "The file was altered")
+    refused(base, tmp_path, "does not hold what adapter_config.json beside it says", "One of the two was altered")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda head: head.view(-1)[:1].add_(1e-3), ["digests of classifier.weight"]),
-        (lambda head: head.fill_(float("nan")), ["digests of classifier.weight"]),
-        (None, ["digests of classifier.weight"]),
+        (lambda head: head.view(-1)[:1].add_(1e-3), ["classifier.weight: the file holds something else"]),
+        (lambda head: head.fill_(float("nan")), ["classifier.weight: the file holds something else"]),
+        (None, ["classifier.weight: the file has nothing for it"]),
     ],
 )
 def test_a_damaged_head(tmp_path, change, words):
@@ -216,14 +218,21 @@ def test_a_missing_file_and_a_pickle_beside_it(tmp_path):
 
 
 def alter(folder, change):
-    """Rewrite the file and its digest, as somebody would who means it."""
-    from slicefine.tuner.artifact import digests_of
-
+    """Rewrite the file, its seals and the configuration, as somebody would who means it."""
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS)
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["digest"] = digests_of(tensors)
+    schedule = SliceFineConfig.from_pretrained(str(folder)).schedule
+    for name in ("lin0", "lin1"):
+        prefix = f"base_model.model.{name}."
+        parts = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        sealed = parts.pop("slicefine_seal", None)
+        if sealed is not None and sealed.dtype == torch.uint8:
+            seal = Seal.from_tensor(sealed)
+            seal = dataclasses.replace(seal, values=digest_of_values(schedule, seal.step, seal.dtype, parts))
+            tensors[prefix + "slicefine_seal"] = seal.tensor()
+            config["seals"][name] = str(seal)
+    save_file(tensors, folder / WEIGHTS)
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -239,29 +248,84 @@ KEY = "base_model.model.lin0.slicefine_"
         ),
         (lambda t: t.pop(KEY + "column"), ["slicefine_column", "got nothing"]),
         (lambda t: t.update({KEY + "extra": torch.zeros(1)}), ["slicefine_extra", "not part of this adapter"]),
-        (lambda t: t.update({KEY + "step": torch.tensor(-1)}), ["slicefine_step", "at least 0"]),
-        (lambda t: t.update({KEY + "step": torch.tensor(1.0)}), ["slicefine_step", "float32"]),
         (lambda t: t.update({KEY + "row": t[KEY + "row"].long()}), ["floating-point", "int64"]),
         (lambda t: t[KEY + "row"].fill_(float("nan")), ["slicefine_row", "NaN"]),
-        (lambda t: t.update({KEY.replace("lin0", "lin9") + "row": torch.zeros(1)}), ["lin9", "no such layer"]),
+        (
+            lambda t: t.update({KEY.replace("lin0", "lin9") + "row": torch.zeros(1)}),
+            ["lin9", "the configuration has nothing for it"],
+        ),
         (lambda t: [t.pop(key) for key in list(t) if "lin1" in key], ["lin1", "nothing for it"]),
     ],
 )
 def test_a_file_that_does_not_fit(tmp_path, change, words):
     base, _, _ = saved(tmp_path)
     alter(tmp_path, change)
-    refused(base, tmp_path, "nothing was loaded", *words)
+    refused(base, tmp_path, *words)
 
 
-def test_a_bad_file_leaves_a_live_adapter_as_it_is(tmp_path):
-    _, model, optimizer = saved(tmp_path)
-    alter(tmp_path, lambda t: t.pop(KEY + "row"))
-    fit(model, 2, optimizer=optimizer)
+def another_base(folder):
+    base = mlp()
+    with torch.no_grad():
+        base.lin1.weight[0] += 1e-3
+    model = get_peft_model(base, SliceFineConfig(target_modules=["lin0", "lin1"], slide_every=3, r=4))
+    fit(model, 7)
+    model.save_pretrained(folder)
+
+
+def flip_a_bit(folder):
+    tensors = load_file(folder / WEIGHTS)
+    tensors[KEY + "row"].view(-1).view(torch.int32)[3] ^= 1
+    save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda f: (saved(f), alter(f, lambda t: t.pop(KEY + "row"))), ["lin0", "slicefine_row", "got nothing"]),
+        (lambda f: (saved(f), alter(f, lambda t: t.pop(KEY + "seal"))), ["lin0", "slicefine_seal", "Save the adapter"]),
+        (lambda f: (saved(f), flip_a_bit(f)), ["lin0", "what the file holds is not what was saved"]),
+        (lambda f: saved(f, seed=5), ["lin0", "lin1", "another `r`, `axis`, `slide_every`, `order` or `seed`"]),
+        (lambda f: saved(f, slide_every=4), ["lin0", "lin1", r"got float32 of shape \(4, 10\)"]),
+        (lambda f: saved(f, r=3), ["lin0", "slicefine_"]),
+        (lambda f: saved(f, bias="slicefine_only"), ["slicefine_bias", "not part of this adapter"]),
+        (another_base, ["lin1: the adapter was trained on a base with other values"]),
+    ],
+    ids=["part missing", "seal missing", "bit flipped", "seed", "slide_every", "r", "bias", "base"],
+)
+def test_a_bad_file_leaves_a_live_adapter_as_it_is(tmp_path, make, words):
+    """PEFT reads no configuration for an adapter that is there: a resumed Trainer comes this way."""
+    make(tmp_path)
+    _, model = adapted_mlp(axis="alternate")
+    optimizer = fit(model, 5)
     before = copy.deepcopy(model)
-    with pytest.raises(SliceFineError, match="nothing was loaded"):
+    with pytest.raises(SliceFineError, match="nothing was loaded") as error:
         model.load_adapter(tmp_path, "default", is_trainable=True)
+    for word in words:
+        assert re.search(word, str(error.value)), f"{word!r} is not in: {error.value}"
     assert not differences(model, before)
     fit(model, 2, optimizer=optimizer)
+
+
+def test_a_live_adapter_takes_a_file_of_the_same_base_in_another_dtype(tmp_path):
+    _, trained, _ = saved(tmp_path, dtype=torch.bfloat16)
+    wide, model = mlp(dtype=torch.bfloat16).float(), None
+    model = get_peft_model(wide, trained.peft_config["default"])
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert touched_slices(model) == touched_slices(trained)
+    fit(model, 2)
+
+
+def test_the_live_configuration_says_nothing_of_what_was_saved(tmp_path):
+    """So that attaching it elsewhere starts a new adapter."""
+    _, model, _ = saved(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["step"] == 7
+    loaded = PeftModel.from_pretrained(mlp(), tmp_path)
+    for config in (model.peft_config["default"], loaded.peft_config["default"]):
+        assert (config.step, config.seals, config.heads) == (0, None, None)
+        other = mlp()
+        with torch.no_grad():
+            other.lin0.weight += 1
+        get_peft_model(other, config)
 
 
 def test_a_bad_second_adapter_leaves_the_first_as_it_is(tmp_path):

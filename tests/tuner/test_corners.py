@@ -240,9 +240,9 @@ def test_layers_that_made_different_numbers_of_steps(tmp_path):
 
 def test_nan_is_said_when_it_is_saved(tmp_path):
     base, model = adapted_mlp()
-    fit(model, 2)
-    with torch.no_grad():
-        layers(model)[0].base_layer.weight[0, 0] = float("nan")
+    optimizer = fit(model, 2)
+    layers(model)[0].slicefine_weight["default"].grad = torch.full((4, 20), float("nan"))
+    optimizer.step()
     with pytest.warns(SliceFineWarning, match=r"saved with NaN or Inf in 1 layers.*lin0"):
         model.save_pretrained(tmp_path)
     with pytest.raises(SliceFineError, match="NaN"):

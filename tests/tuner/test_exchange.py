@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from tiny import adapted_mlp, batch, bert, differences, fit, mlp, outputs, tokens, trainable
 
-from slicefine import SliceFineConfig, SliceFineError
+from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning
 
 SETTINGS = [
     {"axis": "row"},
@@ -162,6 +162,32 @@ def test_two_adapters_take_turns():
     model.delete_adapter("other")
     assert torch.equal(outputs(model), first)
     assert not differences(model.unload(), base)
+
+
+@each_setting
+def test_the_configuration_of_a_trained_adapter_itself_makes_a_copy_of_it(settings):
+    """As TRL makes the frozen reference of a policy that is trained further."""
+    base, model = adapted_mlp(**settings)
+    optimizer = fit(model, 5)
+    trained = outputs(model)
+    with pytest.warns(SliceFineWarning, match=r"'ref'.*'default'.*has made 5 steps, and starts as a copy"):
+        model.add_adapter("ref", model.peft_config["default"])
+    twin = copy.deepcopy(model)
+    fit(model, 4, optimizer=optimizer)
+    moved = outputs(model)
+    model.set_adapter("ref")
+    assert torch.equal(outputs(model), trained)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model), outputs(base))
+    model.set_adapter("default")
+    assert torch.equal(outputs(model), moved)
+    # The copy trains on as the original would.
+    twin.set_adapter("ref")
+    one, other = copy.deepcopy(twin), twin
+    one.set_adapter("default")
+    fit(one, 4)
+    fit(other, 4)
+    assert torch.equal(outputs(one), outputs(other))
 
 
 def test_several_active_adapters_are_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import differences, llama, outputs, tokens, trainable
 from transformers import AutoModelForCausalLM
 
@@ -10,6 +11,7 @@ from slicefine import SliceFineConfig, SliceFineError, active_slices, touched_sl
 from slicefine.tuner.layer import SliceLinear
 
 IDS = tokens()
+WEIGHTS = "adapter_model.safetensors"
 
 
 def fit(model, steps, optimizer=None):
@@ -29,6 +31,7 @@ def saved(request, tmp_path):
     model = get_peft_model(model, SliceFineConfig(r=3, slide_every=2, task_type="CAUSAL_LM"))
     fit(model, 5)
     model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "good")
     return tmp_path / "base", tmp_path / "adapter", model
 
 
@@ -84,6 +87,37 @@ def test_a_wrong_base_is_refused_and_left_alone(saved):
     assert torch.equal(outputs(model, IDS).logits, before)
     assert not any(isinstance(module, SliceLinear) for module in model.modules())
     assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # PEFT says so of any second adapter
+@pytest.mark.parametrize("how", ["is_trainable", "for inference", "beside another"])
+def test_a_bad_file_is_refused_and_the_model_left_alone(saved, how):
+    """Nothing checks the file before transformers has assigned it, so it is refused when it is first used."""
+    base, adapter, _ = saved
+    tensors = load_file(adapter / WEIGHTS)
+    key = next(key for key in tensors if key.endswith("layers.1.self_attn.q_proj.slicefine_row"))
+    tensors[key].view(-1)[3] += 1
+    save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if how == "beside another":
+        model.add_adapter(SliceFineConfig(r=1), "first")
+    before, flags = outputs(model, IDS).logits, [parameter.requires_grad for parameter in model.parameters()]
+
+    def load_and_use():
+        model.load_adapter(str(adapter), "bad", is_trainable=how == "is_trainable")
+        model.eval()
+
+    with pytest.raises(SliceFineError, match=r"nothing was loaded: model.layers.1.self_attn.q_proj: what the file"):
+        load_and_use()
+    assert torch.equal(outputs(model, IDS).logits, before)
+    if how == "beside another":
+        assert list(model.peft_config) == ["first"]
+        assert model.active_adapters() == ["first"]
+    else:
+        assert not any(isinstance(module, SliceLinear) for module in model.modules())
+        assert not hasattr(model, "peft_config")
+        assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    model.load_adapter(str(adapter.with_name("good")), "good")
 
 
 def test_a_new_adapter_on_a_plain_transformers_model(saved):

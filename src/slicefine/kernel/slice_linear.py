@@ -24,6 +24,8 @@ The position is an int64 tensor and not a Python number, so a compiled graph sur
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,8 +37,9 @@ from slicefine.slicing import ROW
 class _SliceLinear(torch.autograd.Function):
     # `forward(ctx, ...)` and not the newer `setup_context`, which inspects signatures on every call: 30 us against 8.
     @staticmethod
-    def forward(ctx, x, w_OI, b_O, master, bias_master, index_R, by_row):
+    def forward(ctx, x, w_OI, b_O, master, bias_master, index_R, by_row, check):
         ctx.by_row = by_row
+        ctx.check = check
         ctx.input_shape = x.shape
         ctx.master_like = (master.shape, master.dtype)
         ctx.bias_dtype = None if bias_master is None else bias_master.dtype
@@ -56,6 +59,8 @@ class _SliceLinear(torch.autograd.Function):
                 "A slice has a first derivative only; this backward pass was asked to build a graph (create_graph=True). "
                 "Leave gradient penalties out, or train the layer with another method."
             )
+        if ctx.check is not None:
+            ctx.check()
         return _SliceLinear._gradients(ctx, g)
 
     @staticmethod
@@ -74,7 +79,7 @@ class _SliceLinear(torch.autograd.Function):
             d_master = d_RL if (width, length) == shape else F.pad(d_RL, (0, shape[1] - length, 0, shape[0] - width))
         if ctx.needs_input_grad[4]:
             d_bias = g_TO.sum(0, dtype=ctx.bias_dtype)
-        return dx, None, None, d_master, d_bias, None, None
+        return dx, None, None, d_master, d_bias, None, None, None
 
 
 def slice_linear(
@@ -85,6 +90,7 @@ def slice_linear(
     index: Tensor,
     axis: str,
     bias_master: Tensor | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Tensor:
     """`F.linear(x, weight, bias)` that trains one slice of `weight`, and the bias if `bias_master` is given.
 
@@ -97,6 +103,7 @@ def slice_linear(
         index: int64, `(R,)`: the rows or columns of the slice.
         axis: `"row"` or `"column"`.
         bias_master: `(d_out,)`, fp32 or fp64, or None: receives the gradient of the bias. Its values are not read.
+        check: Called when the backward pass begins; raises if the weight holds other values than it did in this pass.
 
     Returns:
         `(..., d_out)`, the same bits as `F.linear` gives, also under autocast.
@@ -109,7 +116,7 @@ def slice_linear(
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return _SliceLinear.apply(x, weight, bias, master, bias_master, index, axis == ROW)  # pyright: ignore[reportReturnType] -- `apply` is untyped in torch
+    return _SliceLinear.apply(x, weight, bias, master, bias_master, index, axis == ROW, check)  # pyright: ignore[reportReturnType] -- `apply` is untyped in torch
 
 
 def vectors(weight: Tensor, axis: str) -> Tensor:

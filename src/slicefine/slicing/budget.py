@@ -8,7 +8,7 @@ from slicefine.slicing.geometry import Region, Shape
 from slicefine.slicing.schedule import Schedule
 
 MASTER_BYTES = 4
-STEP_BYTES = 8
+SEAL_BYTES = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +44,10 @@ def artifact_size(schedule: Schedule, shape: Shape, step: int, *, itemsize: int,
     """Bytes of tensor data that the saved adapter holds for a weight of `shape` after `step` optimizer steps.
 
     Touched rows and columns in the base dtype (`itemsize` bytes an entry; where they cross, both hold the entry), the
-    fp32 master (as long as the longer side of the weight for `alternate`), the fp32 bias if it is trained, and the step.
+    fp32 master (as long as the longer side of the weight for `alternate`), the fp32 bias if it is trained, and the seal.
     """
     region = Region.of(schedule.touched(step, shape))
     values = len(region.rows) * shape[1] + len(region.columns) * shape[0]
     width, length = schedule.widest(shape)
     master = width * length + (shape[0] if bias else 0)
-    return values * itemsize + master * MASTER_BYTES + STEP_BYTES
+    return values * itemsize + master * MASTER_BYTES + SEAL_BYTES

@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
 from slicefine.slicing import Schedule
 from slicefine.tuner import artifact
+from slicefine.tuner.seal import Seal
 
 BIASES = ("none", "slicefine_only")
 ALL_LINEAR = "all-linear"
@@ -42,10 +43,9 @@ class SliceFineConfig(PeftConfig):
         modules_to_save: Modules to train in full and save with the adapter, e.g. a new classifier head.
         bias: `"none"`, or `"slicefine_only"`: the biases of targeted layers are trained in full.
         init_weights: False adds noise to the first slice. For tests only.
-        step: Set by saving: optimizer steps made.
-        fingerprints: Set by saving: per target, its steps, which decide the shapes in the file, and digests of the base's
-            original bytes in the touched rows and columns.
-        digest: Set by saving: digests of the saved values, of slices and heads.
+        step: Set by saving: optimizer steps made. For readers; each layer's own are in its seal.
+        seals: Set by saving: per target, what the base and the file must be; see `seal.py`.
+        heads: Set by saving: digests of the modules trained in full.
     """
 
     r: int = field(default=1, metadata={"help": "Rank: rows or columns in a slice."})
@@ -73,11 +73,11 @@ class SliceFineConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "none or slicefine_only."})
     init_weights: bool = field(default=True, metadata={"help": "False adds noise to the first slice. For tests only."})
     step: int = field(default=0, metadata={"help": "Set by saving: optimizer steps made."})
-    fingerprints: dict[str, str] | None = field(
-        default=None, metadata={"help": "Set by saving: digests of the base's original bytes."}
+    seals: dict[str, str] | None = field(
+        default=None, metadata={"help": "Set by saving: what the base and the file must be."}
     )
-    digest: dict[str, str] | None = field(
-        default=None, metadata={"help": "Set by saving: digests of the saved values."}
+    heads: dict[str, str] | None = field(
+        default=None, metadata={"help": "Set by saving: digests of the modules trained in full."}
     )
 
     def __post_init__(self) -> None:
@@ -110,6 +110,11 @@ class SliceFineConfig(PeftConfig):
             problems.append(
                 f"`step` counts optimizer steps and is written by saving; got {self.step!r}. Leave it alone."
             )
+        for target, text in (self.seals or {}).items():
+            try:
+                Seal.parse(text)
+            except SliceFineError as error:
+                problems.append(f"{target}: {error}")
         raise_all(problems, "SliceFineConfig")
 
     @property
@@ -117,9 +122,19 @@ class SliceFineConfig(PeftConfig):
         """The part of the settings that decides every position."""
         return Schedule(r=self.r, axis=self.axis, slide_every=self.slide_every, order=self.order, seed=self.seed)
 
+    def describe(self, *, step: int, seals: dict[str, str], heads: dict[str, str]) -> None:
+        """Say what the file holds beside which this configuration is saved next; said in that one file alone."""
+        self._said = {"step": step, "seals": seals, "heads": heads}
+
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets in sorted order, so that saving twice writes the same file."""
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        fields = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        return fields | getattr(self, "_said", {})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.__dict__.pop("_said", None)
 
     @classmethod
     def from_pretrained(
@@ -135,5 +150,5 @@ class SliceFineConfig(PeftConfig):
                 f"{pretrained_model_name_or_path} holds a {type(config).__name__}, not a {cls.__name__}. "
                 "Load it with `PeftConfig.from_pretrained`."
             )
-        artifact.check_folder(pretrained_model_name_or_path, subfolder, config.digest)
+        artifact.check_folder(pretrained_model_name_or_path, subfolder, config.schedule, config.seals, config.heads)
         return config

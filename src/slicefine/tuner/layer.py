@@ -6,9 +6,10 @@ one place, `_settle`: those of the active adapter, or the original ones while ad
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 from slicefine.errors import SliceFineError
 from slicefine.kernel import slice_linear, vectors
 from slicefine.slicing import SLICE_AXES, Region, Schedule, Shape, Slice
-from slicefine.tuner import artifact, sliding
+from slicefine.tuner import sliding
 from slicefine.tuner.adapter_state import AdapterState, MasterDict
+from slicefine.tuner.artifact import Target
 from slicefine.tuner.base_layers import present_values, shape_of, weight_of
-from slicefine.tuner.originals import Originals, to_cpu
+from slicefine.tuner.originals import Originals, Stored, to_cpu
 
-ROOM = tuple(f"slicefine_{name}" for name in (*SLICE_AXES, "step"))
-"""Where `expect` makes room: the parts of a saved layer that have no parameter of their own."""
+if TYPE_CHECKING:
+    from slicefine.tuner.arrival import Arrival
 
 
 def _settle_after_loading(layer: nn.Module, incompatible_keys: Any) -> None:
@@ -37,20 +39,24 @@ class SliceLinear(nn.Module, BaseTunerLayer):
     """A linear base layer (`nn.Linear`, or transformers' `Conv1D`) of which one slice per adapter is trained."""
 
     adapter_layer_names = ("slicefine_weight", "slicefine_bias")
-    other_param_names = ("slicefine_index", "slicefine_state")
+    other_param_names = ("slicefine_index", "slicefine_declared", "slicefine_state")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        """`name`: that of the base layer in the base model, for messages."""
         super().__init__()
+        self.name = name
         self.base_layer: Any = base_layer
         self.out_features, self.in_features = shape_of(base_layer)
         self.slicefine_weight = MasterDict()
         self.slicefine_bias = MasterDict()
         self.slicefine_index: Any = BufferDict(persistent=False)  # its values are typed as possibly None
+        self.slicefine_declared: Any = BufferDict(persistent=False)
         self.slicefine_state: dict[str, AdapterState] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._installed: str | None = None
-        self._expected: str | None = None
+        self._arrival: Arrival | None = None
+        self._version: int | None = None
         self.register_load_state_dict_post_hook(_settle_after_loading)
         sliding.watch(self)
 
@@ -63,6 +69,11 @@ class SliceLinear(nn.Module, BaseTunerLayer):
     def shape(self) -> Shape:
         """`(d_out, d_in)` of the weight."""
         return self.out_features, self.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the base weight."""
+        return self._weight.dtype
 
     @property
     def installed(self) -> str | None:
@@ -94,53 +105,51 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             master = self._in_use(adapter)
             master += torch.randn_like(master) * weight.detach().to(dtype).std()
             self._show(adapter)
-            for destination, source in self.pending_writes(adapter, {id(self.slicefine_weight[adapter])}):
-                destination.copy_(source)
+            self._write(adapter)
             state.step = 1
             if schedule.slice_at(1, self.shape) != active:
                 self.slide(adapter)
+        self._declare(adapter)
         self._show(shown)
 
-    def expect(self, adapter: str, step: int) -> None:
-        """Make room for the saved values of an adapter that has just been added, `step` optimizer steps old.
+    def copy(self, source: str, adapter: str) -> None:
+        """Make `adapter`, which has the same schedule, what `source` is now."""
+        state = self.slicefine_state[source]
+        region = self.region(source)
+        self.load(
+            adapter,
+            step=state.step,
+            master=self.slicefine_weight[source].detach(),
+            values={axis: self.trained_values(source, axis, region.along(axis)) for axis in SLICE_AXES},
+            bias=self.slicefine_bias[source].detach() if source in self.slicefine_bias else None,
+        )
 
-        For loaders that know nothing of tuners and only assign tensors by name, as transformers' own does: the values
-        are taken in as soon as the layer is used. If none have come by then, the adapter is a new one.
-        """
-        self._take_in()
-        region = Region.of(self.slicefine_state[adapter].schedule.touched(step, self.shape))
-        room = {axis: torch.zeros(len(region.along(axis)), self.shape[1 - dim]) for dim, axis in enumerate(SLICE_AXES)}
-        for name, values in (room | {"step": torch.tensor(-1)}).items():
-            holder = BufferDict(persistent=True)
-            holder[adapter] = values.to(self._weight.dtype) if values.is_floating_point() else values
-            self.add_module(f"slicefine_{name}", holder)
-        self._expected = adapter
+    def target(self, adapter: str) -> Target:
+        """What a file must fit to be loaded."""
+        return Target(
+            self.shape, adapter in self.slicefine_bias, self.slicefine_state[adapter].schedule, self.base_values
+        )
+
+    @property
+    def arrival(self) -> Arrival | None:
+        """What the layer waits for, see `arrival.py`."""
+        return self._arrival
+
+    def await_arrival(self, arrival: Arrival | None) -> None:
+        """Wait for `arrival`, or no longer for any."""
+        if arrival is not None and self._arrival is not None:
+            self._arrival.end()
+        self._arrival = arrival
 
     def _take_in(self) -> None:
-        """Load what a loader has put where `expect` made room, if it has."""
-        adapter = self._expected
-        if adapter is None:
-            return
-        parts: dict[str, Tensor] = {name: getattr(self, name)[adapter] for name in ROOM}
-        if int(parts["slicefine_step"]) < 0:
-            return
-        parts["slicefine_weight"] = self.slicefine_weight[adapter].detach().clone()
-        if adapter in self.slicefine_bias:
-            parts["slicefine_bias"] = self.slicefine_bias[adapter].detach().clone()
-        saved = artifact.parse_layer(
-            parts, self.shape, adapter in self.slicefine_bias, self.slicefine_state[adapter].schedule
-        )
-        self.load(adapter, step=saved.step, master=saved.master, values=saved.values, bias=saved.bias)
-
-    def _drop_room(self) -> None:
-        if self._expected is not None:
-            for name in ROOM:
-                delattr(self, name)
-        self._expected = None
+        if self._arrival is not None:
+            self._arrival.complete()
 
     def train(self, mode: bool = True) -> Any:
         """As `nn.Module.train`."""
         self._take_in()
+        if not mode:
+            self.check_written()
         return super().train(mode)
 
     def load(self, adapter: str, *, step: int, master: Tensor, values: dict[str, Tensor], bias: Tensor | None) -> None:
@@ -152,7 +161,6 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             values: `"row"` -> `(rows, d_in)`, `"column"` -> `(columns, d_out)`: final values of what was touched.
             bias: fp32, `(d_out,)`, or None if the adapter trains no bias.
         """
-        self._drop_room()
         self._show(None)
         state = self.slicefine_state[adapter]
         state.originals, state.step = Originals(), step
@@ -171,11 +179,13 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         self._occupy(adapter, state.schedule.slice_at(step, self.shape))
         with torch.no_grad():
             self.slicefine_weight[adapter].copy_(master)
+        self._declare(adapter)
+        self._write(adapter)
         self._settle()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        if self._expected == adapter_name:
-            self._drop_room()
+        if self._arrival is not None and self._arrival.adapter == adapter_name:
+            self._arrival.end()
         if self._installed == adapter_name:
             self._show(None)
         super().delete_adapter(adapter_name)
@@ -190,10 +200,12 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 f"One slicefine adapter is active at a time, because each puts its values into the same weights; got {names}. "
                 "Activate one, or merge one first and train the next on the merged model."
             )
+        self.check_written()
         super().set_adapter(names, inference_mode=inference_mode)
         self._settle()
 
     def enable_adapters(self, enabled: bool) -> None:
+        self.check_written()
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
@@ -211,6 +223,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             raise SliceFineError(
                 f"One slicefine adapter is merged at a time; got {self.merged_adapters + names}. Unmerge first."
             )
+        self.check_written()
         if names[0] not in self.slicefine_weight:
             self._show(None)
             return
@@ -254,6 +267,35 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 self._exchange(self.slicefine_state[name])
         self._installed = adapter
 
+    def check_written(self) -> None:
+        """Raise `SliceFineError` if the weight does not follow the parameters of the installed adapter.
+
+        Steps of optimizers are written into the weight by hooks. Whatever else changes a parameter is found here, by value:
+        version counters tell nothing, fused optimizers do not raise them.
+        """
+        self._take_in()
+        if self._installed is None:
+            return
+        self.check_ranks(self._installed)
+        for destination, source in self.pending_writes(self._installed):
+            if not destination.is_meta and not _same(destination, source.to(destination.dtype)):
+                raise SliceFineError(
+                    f"{self.name}: the parameter of its slice (adapter {self._installed!r}) was changed by something other than a step of a "
+                    "torch.optim.Optimizer, and the weight did not follow. Let your optimizer derive from torch.optim.Optimizer; do not assign to, "
+                    "average (EMA, SWA) or perturb (SAM) `slicefine_weight`: merge first, or work on the base weights."
+                )
+        self._version = self.slicefine_weight[self._installed]._version
+
+    def _check_shown(self, shown: str | None, *_: Any) -> None:
+        """Raise if a backward pass meets other values than its forward pass: its input gradients would be wrong."""
+        if self._installed != shown:
+            then, now = (f"adapter {a!r}" if a else "no adapter" for a in (shown, self._installed))
+            raise SliceFineError(
+                f"{self.name}: a backward pass needs the values of its forward pass; that was made with {then}, the weight now holds "
+                f"the values of {now}. Call backward() before adapters are switched, enabled or disabled, or run the forward pass that needs no "
+                "gradient under torch.no_grad()."
+            )
+
     def _exchange(self, state: AdapterState) -> None:
         state.originals.exchange(self._weight)
         if state.bias is not None:
@@ -269,24 +311,30 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         # Parameters come straight out of their dictionaries: going through nn.Module's attributes would take longer than
         # all the rest of this method, in every layer and every step.
         modules: Any = self._modules
-        if self._expected is not None:
+        if self._arrival is not None:
             self._take_in()
-            self._drop_room()
+        if self._arrival is not None:
+            self._arrival.end()
         adapter = self._installed
         if adapter is None or self.merged_adapters or not torch.is_grad_enabled():
-            return self.base_layer(x, *args, **kwargs)
+            return self._plain_forward(x, *args, **kwargs)
         master = modules["slicefine_weight"]._parameters.get(adapter)
         bias_master = modules["slicefine_bias"]._parameters.get(adapter)
         if master is None:
             raise SliceFineError(
-                f"This copy of the layer has lost the parameter of adapter {adapter!r}, as replicas of nn.DataParallel do. Use "
-                "DistributedDataParallel, or one device."
+                f"{self.name}: this copy of the layer has lost the parameter of adapter {adapter!r}, as replicas of nn.DataParallel do. "
+                "Use DistributedDataParallel, or one device."
             )
         if not master.requires_grad and (bias_master is None or not bias_master.requires_grad):
-            return self.base_layer(x, *args, **kwargs)
+            return self._plain_forward(x, *args, **kwargs)
         weight = weight_of(modules["base_layer"])
         if args or kwargs or weight.requires_grad:
             self._refuse_call(len(args), sorted(kwargs))
+        check = None
+        if not torch.compiler.is_compiling():
+            check = functools.partial(self._check_shown, adapter)
+            if master._version != self._version:
+                self.check_written()
         return slice_linear(
             x,
             weight,
@@ -295,36 +343,52 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             modules["slicefine_index"]._buffers[adapter],
             self.slicefine_state[adapter].active.axis,
             bias_master,
+            check,
         )
+
+    def _plain_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if y.requires_grad and not torch.compiler.is_compiling():
+            y.register_hook(functools.partial(self._check_shown, self._installed))
+        return y
 
     def _refuse_call(self, more: int, named: list[str]) -> None:
         """Say why `forward` cannot train this way: further arguments, or a base weight that is trained as well."""
         if more or named:
             raise SliceFineError(
-                f"{type(self).__name__} is called with the input alone while it trains; got {more} more arguments and "
+                f"{self.name}: {type(self).__name__} is called with the input alone while it trains; got {more} more arguments and "
                 f"{named}. Mixed batches of several adapters are not supported."
             )
         raise SliceFineError(
-            "A weight is trained by its slice or as a whole, not both: the base weight of this layer "
+            f"{self.name}: a weight is trained by its slice or as a whole, not both: the base weight of this layer "
             f"({self.out_features} x {self.in_features}) has requires_grad=True. Set it to False, or exclude the layer "
             "with `exclude_modules`."
         )
 
-    def pending_writes(self, adapter: str, stepped: Container[int]) -> list[tuple[Tensor, Tensor]]:
+    def pending_writes(self, adapter: str, stepped: Container[int] | None = None) -> list[tuple[Tensor, Tensor]]:
         """`(destination, source)` pairs that bring what an optimizer did into the weight and the bias.
 
-        `stepped`: identities of the parameters that the optimizer holds. The adapter must be installed.
+        `stepped`: identities of the parameters that the optimizer holds; all if None. The adapter must be installed.
         """
         pairs = []
-        if id(self.slicefine_weight[adapter]) in stepped:
+        if stepped is None or id(self.slicefine_weight[adapter]) in stepped:
             active = self.slicefine_state[adapter].active
             pairs.append(
                 (vectors(self._weight.detach(), active.axis)[active.start : active.stop], self._in_use(adapter))
             )
         bias = self.slicefine_bias.get(adapter)
-        if bias is not None and id(bias) in stepped:
+        if bias is not None and (stepped is None or id(bias) in stepped):
             pairs.append((self.base_layer.bias.detach(), bias.detach()))
         return pairs
+
+    def _write(self, adapter: str) -> None:
+        """Let the weight and the bias follow the parameters. The adapter must be installed."""
+        for destination, source in self.pending_writes(adapter):
+            destination.copy_(source)
+
+    def has_followed(self, adapter: str) -> None:
+        """Say that what an optimizer did has been written."""
+        self._version = self.slicefine_weight[adapter]._version
 
     def slide(self, adapter: str) -> None:
         """Freeze the active slice with what it has learned and go to where the schedule wants to be."""
@@ -346,6 +410,24 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             buffer.copy_(index)
         else:  # `alternate` on a weight narrower than `r` along one axis
             self.slicefine_index[adapter] = index.to(buffer.device)
+
+    def _declare(self, adapter: str) -> None:
+        """Put what must be equal on all ranks into a buffer: DistributedDataParallel overwrites it with that of rank 0."""
+        state = self.slicefine_state[adapter]
+        self.slicefine_declared[adapter] = torch.tensor(
+            [state.schedule.digest() + state.step], device=self._weight.device
+        )
+
+    def check_ranks(self, adapter: str) -> None:
+        """Raise `SliceFineError` if rank 0 of a distributed run has declared other settings, or another step, than this one."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        state = self.slicefine_state[adapter]
+        if int(self.slicefine_declared[adapter]) != state.schedule.digest() + state.step:
+            raise SliceFineError(
+                f"{self.name}: all ranks of a distributed run start with the same SliceFineConfig and the same step; this rank has "
+                f"{state.schedule} at step {state.step}, rank 0 something else. Build or load the adapter in the same way on every rank."
+            )
 
     def _in_use(self, adapter: str) -> Tensor:
         """The part of the master that holds the active slice, `(width, length)`. A view."""
@@ -389,10 +471,16 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         return weight_of(self.base_layer)
 
     def _apply(self, fn, recurse=True):
+        before = self.dtype
         applied = super()._apply(fn, recurse)
+        if self.dtype == before:
+            return applied
         for state in self.slicefine_state.values():
-            state.originals.cast(self._weight.dtype)
-            state.bias = None if state.bias is None else state.bias.to(self._weight.dtype)
+            state.originals.cast(self.dtype)
+            state.bias = None if state.bias is None else state.bias.to(self.dtype)
+        for adapter in self.slicefine_state:
+            with self.shown(adapter):
+                self._write(adapter)
         return applied
 
     # ------------------------------------------------------------------ state_dict() and load_state_dict()
@@ -406,10 +494,8 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         """What a state dict holds of an adapter beside its parameters: step, originals, and whether it is installed."""
         state = self.slicefine_state[adapter]
         tensors = {"step": torch.tensor(state.step), "installed": torch.tensor(adapter == self._installed)}
-        for axis in SLICE_AXES:
-            stored = state.originals.values[axis]
-            if stored is not None:
-                tensors |= {f"{axis}_index": state.originals.index[axis], axis: stored}
+        for axis, (index, values) in state.originals.stored().items():
+            tensors |= {f"{axis}_index": index, axis: values}
         if state.bias is not None:
             tensors["bias"] = state.bias
         return {f"slicefine_state.{adapter}.{name}": tensor for name, tensor in tensors.items()}
@@ -431,14 +517,18 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 self._installed = adapter
             elif self._installed == adapter:
                 self._installed = None
-            state.step, state.originals = int(parts["step"]), Originals()
-            for axis in SLICE_AXES:
-                if axis in parts:
-                    state.originals.index[axis] = to_cpu(parts[f"{axis}_index"]).clone()
-                    state.originals.values[axis] = to_cpu(parts[axis]).to(self._weight.dtype, copy=True)
+            state.step = int(parts["step"])
+            state.originals = Originals(
+                {
+                    axis: Stored(to_cpu(parts[f"{axis}_index"]).clone(), to_cpu(parts[axis]).to(self.dtype, copy=True))
+                    for axis in SLICE_AXES
+                    if axis in parts
+                }
+            )
             if state.bias is not None and "bias" in parts:
-                state.bias = to_cpu(parts["bias"]).to(self._weight.dtype, copy=True)
+                state.bias = to_cpu(parts["bias"]).to(self.dtype, copy=True)
             self._point_at(adapter, state.schedule.slice_at(state.step, self.shape))
+            self._declare(adapter)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never cast: masters are fp32 whatever the base is."""
@@ -446,8 +536,14 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         for parameters in (self.slicefine_weight, self.slicefine_bias):
             if adapter_name in parameters:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(target)
-        if adapter_name in self.slicefine_index:
-            self.slicefine_index[adapter_name] = self.slicefine_index[adapter_name].to(target)
+        for buffers in (self.slicefine_index, self.slicefine_declared):
+            if adapter_name in buffers:
+                buffers[adapter_name] = buffers[adapter_name].to(target)
 
     def __repr__(self) -> str:
         return "slicefine." + super().__repr__()
+
+
+def _same(values: Tensor, expected: Tensor) -> bool:
+    """Equality of entries; NaN equals NaN."""
+    return torch.equal(values, expected) or bool(torch.isclose(values, expected, rtol=0, atol=0, equal_nan=True).all())

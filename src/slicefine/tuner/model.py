@@ -8,18 +8,19 @@ import warnings
 from typing import Any
 
 import torch
-from peft.peft_model import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, raise_all
 from slicefine.slicing import ALTERNATE, SLICE_AXES, Region
 from slicefine.tuner import artifact, targets
+from slicefine.tuner.arrival import Arrival
 from slicefine.tuner.base_layers import present_values, shape_of, weight_of
 from slicefine.tuner.config import SliceFineConfig
 from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.seal import Seal
 
 
 class SliceFineModel(BaseTuner):
@@ -33,8 +34,6 @@ class SliceFineModel(BaseTuner):
 
     prefix: str = artifact.PREFIX
     tuner_layer_cls = SliceLinear
-    _awaiting: str | None = None
-    """The adapter that was attached from a saved configuration and whose values have not come yet."""
 
     # ------------------------------------------------------------------ attaching
 
@@ -43,20 +42,26 @@ class SliceFineModel(BaseTuner):
 
         Raises `SliceFineError` that lists all problems at once, before the first layer is replaced.
         """
-        # The adapter owns its configuration: saving writes into it, and the user may attach the same object elsewhere.
-        config = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        # The live configuration of a trained adapter stands for that adapter: so TRL makes the reference of its trainers.
+        source = next((n for n, c in self.peft_config.items() if c is config and n != adapter_name), None)
+        # The adapter owns its configuration: the user may attach the same object elsewhere.
+        config = copy.deepcopy(config)
         assert isinstance(config, SliceFineConfig)
         found = targets.find_targets(model, config)
         problems = targets.find_problems(model, config, found) + _name_problems(adapter_name)
-        if not problems and config.fingerprints is not None:
+        if not problems and config.seals is not None:
             problems = _base_problems(found, config)
         raise_all(problems, f"Adapter {adapter_name!r} cannot be attached")
         _warn_of_adjustments(config, found)
         self.peft_config[adapter_name] = config
-        self._awaiting = adapter_name if config.fingerprints is not None else None
-        if not _layers(model):
-            self._trainable_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._arrival = Arrival(adapter_name, self._leave_nothing_behind)
+        self._active_before = next((layer.active_adapters for layer in _layers(model).values()), [])
+        self._trainable_before = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.step, config.seals, config.heads = 0, None, None
+        if source is not None:
+            _copy_adapter(model, source, adapter_name)
 
     def _create_and_replace(
         self,
@@ -70,7 +75,7 @@ class SliceFineModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(layer, SliceLinear):
-            layer = SliceLinear(target)
+            layer = SliceLinear(target, current_key)
             self._replace_module(parent, target_name, layer, target)
         layer.add(
             adapter_name,
@@ -78,8 +83,11 @@ class SliceFineModel(BaseTuner):
             train_bias=peft_config.bias != "none",
             perturb=not peft_config.init_weights,
         )
-        if peft_config.fingerprints is not None:
-            layer.expect(adapter_name, artifact.step_of(peft_config.fingerprints[current_key]))
+        if peft_config.seals is not None:
+            self._arrival.expect(current_key, layer, Seal.parse(peft_config.seals[current_key]))
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """Nothing to refuse: PEFT allows one adapter with biases, because it trains them in place; here each has its own."""
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -120,13 +128,19 @@ class SliceFineModel(BaseTuner):
         return unloaded
 
     def _leave_nothing_behind(self, adapter_name: str) -> None:
-        """Undo attaching an adapter whose file was refused, down to which parameters of the base model were trainable."""
+        """Undo attaching an adapter whose file was refused, down to what was active and trainable before."""
+        for layer in _layers(self.model, adapter_name).values():
+            layer.withdraw()
         if len(self.peft_config) > 1:
+            if self._active_before:
+                self.set_adapter(self._active_before)
             self.delete_adapter(adapter_name)
-            return
-        self.unload()
-        for parameter in self._trainable_before:
-            parameter.requires_grad = True
+        else:
+            self.unload()
+            if getattr(self.model, "_hf_peft_config_loaded", False):  # where transformers notes that it has adapters
+                self.model._hf_peft_config_loaded = False
+        for parameter in self.model.parameters():
+            parameter.requires_grad = id(parameter) in self._trainable_before
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -141,21 +155,24 @@ class SliceFineModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The artifact, taken from the layers. What describes it goes into `config`, which PEFT saves next."""
         layers = _layers(model, adapter_name)
+        for layer in layers.values():
+            layer.check_written()
         tensors: dict[str, Tensor] = {}
-        fingerprints = {}
+        seals = {}
         for name, layer in layers.items():
             region = layer.region(adapter_name)
-            saved = artifact.LayerValues(
-                step=layer.slicefine_state[adapter_name].step,
+            state = layer.slicefine_state[adapter_name]
+            seal, parts = artifact.seal(
+                state.schedule,
+                state.step,
+                region,
+                functools.partial(layer.original_values, adapter_name),
                 master=layer.slicefine_weight[adapter_name].detach(),
                 values={axis: layer.trained_values(adapter_name, axis, region.along(axis)) for axis in SLICE_AXES},
                 bias=layer.slicefine_bias[adapter_name].detach() if adapter_name in layer.slicefine_bias else None,
             )
-            tensors |= {f"{name}.{part}": tensor for part, tensor in saved.tensors().items()}
-            fingerprints[name.removeprefix(artifact.PEFT_ROOT)] = artifact.fingerprint(
-                saved.step, region, functools.partial(layer.original_values, adapter_name)
-            )
-        config.step = max((layer.slicefine_state[adapter_name].step for layer in layers.values()), default=0)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            seals[artifact.bare(name)] = str(seal)
         if bad := _unfinite(layers, adapter_name):
             warnings.warn(
                 f"The adapter is saved with NaN or Inf in {len(bad)} layers ({', '.join(bad[:3])}, ...), and will be refused when it is "
@@ -163,8 +180,11 @@ class SliceFineModel(BaseTuner):
                 SliceFineWarning,
                 stacklevel=2,
             )
-        config.fingerprints = fingerprints
-        config.digest = artifact.digests_of(tensors | _heads(model, adapter_name))
+        config.describe(
+            step=max((layer.slicefine_state[adapter_name].step for layer in layers.values()), default=0),
+            seals=seals,
+            heads=artifact.head_digests(_heads(model, adapter_name)),
+        )
         return tensors
 
     @classmethod
@@ -176,23 +196,22 @@ class SliceFineModel(BaseTuner):
         cls, model: nn.Module, config: SliceFineConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Load the artifact into the layers, or refuse it as a whole; hand the rest to PEFT."""
-        layers = {name.removeprefix(artifact.PEFT_ROOT): layer for name, layer in _layers(model, adapter_name).items()}
+        layers = {artifact.bare(name): layer for name, layer in _layers(model, adapter_name).items()}
+        arrival = next((layer.arrival for layer in layers.values() if layer.arrival is not None), None)
+        if arrival is not None:
+            arrival.end()
         ours = {key: tensor for key, tensor in state_dict.items() if artifact.is_ours(key)}
-        wanted = {name: (layer.shape, adapter_name in layer.slicefine_bias) for name, layer in layers.items()}
-        tuner = model.base_model if isinstance(model, PeftModel) else None
         rest = {key: tensor for key, tensor in state_dict.items() if not artifact.is_ours(key)}
         try:
-            _refuse_other_shapes(model, rest)
-            parsed = artifact.parse(ours, wanted, config.schedule)
+            _refuse_heads(model, rest)
+            parsed = artifact.parse(ours, {name: layer.target(adapter_name) for name, layer in layers.items()})
         except SliceFineError:
-            if isinstance(tuner, SliceFineModel) and tuner._awaiting == adapter_name:
-                tuner._leave_nothing_behind(adapter_name)
+            if arrival is not None:
+                arrival.refuse()
             raise
-        if isinstance(tuner, SliceFineModel):
-            tuner._awaiting = None
         for name, values in parsed.items():
             layers[name].load(
-                adapter_name, step=values.step, master=values.master, values=values.values, bias=values.bias
+                adapter_name, step=values.seal.step, master=values.master, values=values.values, bias=values.bias
             )
         # PEFT reports parameters that a file did not hold; these are loaded.
         for name, layer in _layers(model, adapter_name).items():
@@ -234,35 +253,32 @@ def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list[str]:
     """Targets whose original values are not those that a saved adapter was trained on."""
-    assert config.fingerprints is not None
+    assert config.seals is not None
     problems = []
     for name, module in found.items():
-        expected = config.fingerprints.get(name)
-        if expected is None:
+        if name not in config.seals:
             problems.append(
                 f"{name}: the saved adapter has nothing for it. Load it with the targets it was saved with."
             )
             continue
         if isinstance(module, SliceLinear):
-            shape, read = module.shape, module.base_values
+            shape, original = module.shape, module.base_values
         else:
             shape = shape_of(module)
-            read = functools.partial(present_values, weight_of(module))
-        step = artifact.step_of(expected)
-        region = Region.of(config.schedule.touched(step, shape))
-        problem = artifact.fingerprint_problem(name, expected, artifact.fingerprint(step, region, read))
-        if problem:
-            problems.append(problem)
+            original = functools.partial(present_values, weight_of(module))
+        seal = Seal.parse(config.seals[name])
+        if problem := seal.base_problem(Region.of(config.schedule.touched(seal.step, shape)), original):
+            problems.append(f"{name}: {problem}")
     problems += [
         f"{name}: the saved adapter trains it, this model has no such layer."
-        for name in config.fingerprints.keys() - found.keys()
+        for name in config.seals.keys() - found.keys()
     ]
     return problems
 
 
 def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, nn.Module]) -> None:
     narrow = targets.clamped(found, config)
-    if narrow and config.fingerprints is None:
+    if narrow and config.seals is None:
         listed = ", ".join(f"{name} {shape}" for name, shape in list(narrow.items())[:SHOWN])
         listed += f" and {len(narrow) - SHOWN} more" if len(narrow) > SHOWN else ""
         warnings.warn(
@@ -271,7 +287,7 @@ def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, nn.Module]) -
             stacklevel=2,
         )
     heads = [name for name in found if name in SEQ_CLS_HEAD_NAMES]
-    if heads and targets.names_all_linear(config) and config.fingerprints is None:
+    if heads and targets.names_all_linear(config) and config.seals is None:
         warnings.warn(
             f"The head {heads[0]!r} is sliced like any other layer. If it is new, its random values are in no file and the adapter will "
             f"fit no other copy of the model: train it in full with modules_to_save={heads!r}, or say what the model is for with "
@@ -279,7 +295,7 @@ def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, nn.Module]) -
             SliceFineWarning,
             stacklevel=2,
         )
-    if config.axis == ALTERNATE and config.slide_every is None and config.fingerprints is None:
+    if config.axis == ALTERNATE and config.slide_every is None and config.seals is None:
         warnings.warn(
             "axis='alternate' changes the axis at every move, and slide_every=None never moves: only rows will be trained. "
             "Set axis='row' or axis='column', or a number of steps for slide_every.",
@@ -288,14 +304,38 @@ def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, nn.Module]) -
         )
 
 
-def _refuse_other_shapes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Raise if a head of the file is not as large as that of the model."""
+def _copy_adapter(model: nn.Module, source: str, adapter: str) -> None:
+    """Make a new adapter what a trained one is now, down to its heads."""
+    layers = _layers(model, source)
+    steps = max(layer.slicefine_state[source].step for layer in layers.values())
+    if not steps:
+        return
+    warnings.warn(
+        f"Adapter {adapter!r} was given the configuration of {source!r} itself, which has made {steps} steps, and starts as a copy of "
+        "it, as the reference adapters of TRL must. For one that starts from the base model pass a new SliceFineConfig.",
+        SliceFineWarning,
+        stacklevel=3,
+    )
+    for layer in layers.values():
+        layer.copy(source, adapter)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and {source, adapter} <= module.modules_to_save.keys():
+            module.modules_to_save[adapter].load_state_dict(module.modules_to_save[source].state_dict())
+
+
+def _refuse_heads(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise if a head of the file is not as large as that of the model, or not finite."""
     present = dict(model.named_parameters())
     problems = [
         f"{key}: the file has shape {tuple(tensor.shape)}, this model {tuple(present[key].shape)}. Load the base with as many labels as the "
         "adapter was trained for (`num_labels`)."
         for key, tensor in tensors.items()
         if key in present and present[key].shape != tensor.shape
+    ]
+    problems += [
+        f"{key}: a head holds finite numbers; got NaN or Inf. Go back to an earlier checkpoint."
+        for key, tensor in tensors.items()
+        if not bool(torch.isfinite(tensor).all())
     ]
     raise_all(problems, "The file does not fit the model; nothing was loaded")
 

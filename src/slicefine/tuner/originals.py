@@ -10,36 +10,48 @@ known of its original, so every stored row and column is original throughout, an
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from slicefine.kernel import vectors
-from slicefine.slicing import COLUMN, ROW, Slice
+from slicefine.slicing import COLUMN, ROW, SLICE_AXES, Slice
+
+
+class Stored(NamedTuple):
+    """Some rows or columns."""
+
+    index: Tensor
+    """int64, `(n,)`"""
+    values: Tensor
+    """`(n, length)`, on the CPU, in the dtype of the weight they were taken from."""
 
 
 class Originals:
-    """Rows and columns of one `(d_out, d_in)` weight, on the CPU, in the dtype of the weight they were taken from."""
+    """Rows and columns of one `(d_out, d_in)` weight."""
 
-    def __init__(self) -> None:
-        self.index: dict[str, Tensor] = {axis: torch.empty(0, dtype=torch.int64) for axis in (ROW, COLUMN)}
-        self.values: dict[str, Tensor | None] = {ROW: None, COLUMN: None}
+    def __init__(self, stored: dict[str, Stored] | None = None) -> None:
+        # One piece a move; they are joined when they are exchanged, so that the cost of a move does not grow with what is kept.
+        self._pieces: dict[str, list[Stored]] = {axis: [] for axis in SLICE_AXES}
+        for axis, piece in (stored or {}).items():
+            self._pieces[axis].append(piece)
+        self._known = {axis: {i for p in pieces for i in p.index.tolist()} for axis, pieces in self._pieces.items()}
 
     def keep(self, weight: Tensor, piece: Slice) -> None:
         """Add the original bytes of `piece`; indices that are kept already are passed over.
 
         `weight` `(d_out, d_in)` must be original outside of what is kept already.
         """
-        new = torch.tensor(sorted(set(piece.indices) - set(self.index[piece.axis].tolist())), dtype=torch.int64)
-        if not len(new):
+        new = sorted(set(piece.indices) - self._known[piece.axis])
+        if not new:
             return
-        taken = to_cpu(_read(weight, piece.axis, new))
-        across = COLUMN if piece.axis == ROW else ROW
-        crossing = self.values[across]
-        if crossing is not None:
-            taken[:, self.index[across]] = crossing[:, new].t().to(taken.dtype)
-        kept = self.values[piece.axis]
-        self.index[piece.axis] = torch.cat([self.index[piece.axis], new])
-        self.values[piece.axis] = taken if kept is None else torch.cat([kept.to(taken.dtype), taken])
+        index = torch.tensor(new, dtype=torch.int64)
+        taken = to_cpu(_read(weight, piece.axis, index))
+        for crossing in self._pieces[COLUMN if piece.axis == ROW else ROW]:
+            taken[:, crossing.index] = crossing.values[:, index].t()
+        self._pieces[piece.axis].append(Stored(index, taken))
+        self._known[piece.axis].update(new)
 
     def exchange(self, weight: Tensor) -> None:
         """Put the stored bytes into `weight` and store what was there.
@@ -47,28 +59,31 @@ class Originals:
         The weight's version counter stays as it is: autograd is not to notice, because whoever exchanges does so twice
         around a computation that needs the other version (a disabled reference forward between forward and backward).
         """
-        present = {axis: to_cpu(_read(weight, axis, self.index[axis])) for axis in self._axes()}
+        stored = self.stored()
+        present = {axis: Stored(index, to_cpu(_read(weight, axis, index))) for axis, (index, _) in stored.items()}
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
-            for axis in self._axes():
-                stored = self.values[axis]
-                assert stored is not None
-                index = self.index[axis].to(weight.device)
-                vectors(weight, axis).index_copy_(0, index, stored.to(weight.device, weight.dtype))
-        self.values.update(present)
+            for axis, (index, values) in stored.items():
+                vectors(weight, axis).index_copy_(0, index.to(weight.device), values.to(weight.device, weight.dtype))
+        self._pieces = {axis: [present[axis]] if axis in present else [] for axis in SLICE_AXES}
+
+    def stored(self) -> dict[str, Stored]:
+        """All that is kept, by axis; an axis along which nothing is kept is left out."""
+        for axis, pieces in self._pieces.items():
+            if len(pieces) > 1:
+                self._pieces[axis] = [Stored(*map(torch.cat, zip(*pieces, strict=True)))]
+        return {axis: pieces[0] for axis, pieces in self._pieces.items() if pieces}
 
     def pick(self, axis: str, indices: tuple[int, ...]) -> Tensor:
         """The stored rows or columns `indices`, `(len(indices), length)`. All of them must be kept."""
-        stored = self.values[axis]
-        assert stored is not None
-        place = {index: position for position, index in enumerate(self.index[axis].tolist())}
-        return stored[torch.tensor([place[index] for index in indices], dtype=torch.int64)]
+        index, values = self.stored()[axis]
+        place = {index: position for position, index in enumerate(index.tolist())}
+        return values[torch.tensor([place[index] for index in indices], dtype=torch.int64)]
 
     def cast(self, dtype: torch.dtype) -> None:
         """Follow the weight to another dtype."""
-        self.values = {axis: None if stored is None else stored.to(dtype) for axis, stored in self.values.items()}
-
-    def _axes(self) -> list[str]:
-        return [axis for axis in (ROW, COLUMN) if self.values[axis] is not None]
+        self._pieces = {
+            axis: [Stored(p.index, p.values.to(dtype)) for p in pieces] for axis, pieces in self._pieces.items()
+        }
 
 
 def _read(weight: Tensor, axis: str, index: Tensor) -> Tensor:

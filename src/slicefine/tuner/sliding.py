@@ -98,9 +98,9 @@ def _stepped_layers(held: dict[int, dict[str, Any]]) -> list[tuple[SliceLinear, 
 def _settle(optimizers: list[Optimizer]) -> None:
     held = _held(optimizers)
     stepped = _stepped_layers(held)
-    refuse_sharding([layer.slicefine_weight[adapter] for layer, adapter in stepped])
     if not stepped:
         return
+    refuse_sharding([layer.slicefine_weight[adapter] for layer, adapter in stepped])
     _warn_of_weight_decay(
         optimizers[0], [held[id(p)] for layer, a in stepped if id(p := layer.slicefine_weight[a]) in held]
     )
@@ -108,6 +108,9 @@ def _settle(optimizers: list[Optimizer]) -> None:
     writes = [pair for layer, a in stepped if a == layer.installed for pair in layer.pending_writes(a, held)]
     if writes:
         torch._foreach_copy_([destination for destination, _ in writes], [source for _, source in writes])
+    counting = [(layer, a) for layer, a in stepped if id(layer.slicefine_weight[a]) in held]
+    if counting:
+        torch._foreach_add_([layer.slicefine_declared[a] for layer, a in counting], 1)
     for layer, adapter in stepped:
         with layer.shown(adapter) as was_hidden:
             if was_hidden:  # stepped while disabled, or while another adapter was active
@@ -115,6 +118,7 @@ def _settle(optimizers: list[Optimizer]) -> None:
                     destination.copy_(source)
             if id(layer.slicefine_weight[adapter]) not in held:
                 continue
+            layer.has_followed(adapter)
             state = layer.slicefine_state[adapter]
             state.step += 1
             if state.schedule.moves(state.step) != state.schedule.moves(state.step - 1):

@@ -55,7 +55,7 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
             problems.append(f"{name}: {problem}")
         else:
             sound[name] = module
-    if not names_all_linear(config) and config.fingerprints is None:
+    if not names_all_linear(config) and config.seals is None:
         problems += [
             f"{name}: r={config.r} is more than the {_narrowest(config, shape)} {_axis_names(config, shape)} of its weight of shape {shape}. "
             "Lower `r`, or leave the layer out."

@@ -143,6 +143,17 @@ def test_an_optimizer_around_another_counts_once():
     assert consistent(model)
 
 
+def test_an_optimizer_without_parameters_is_said_once(tmp_path):
+    """Trainer makes one for an adapter that was loaded for inference, and trains nothing without a word."""
+    base, model = adapted_mlp()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    optimizer = torch.optim.SGD([{"params": trainable(loaded)}])
+    with pytest.warns(SliceFineWarning, match=r"SGD holds no parameter.*is_trainable=True"):
+        optimizer.step()
+    optimizer.step()
+
+
 def test_an_optimizer_that_raises_does_not_stop_the_others():
     _, model = adapted_mlp(slide_every=1)
 

@@ -43,6 +43,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "LBFGS evaluates the model between updates within one step, and a slice is written back after the step. Use an "
             "optimizer that evaluates once per step, such as AdamW."
         )
+    _warn_of_nothing_to_train(optimizer)
     _running().append((optimizer, sys._getframe(1)))
 
 
@@ -142,6 +143,18 @@ def _skipped(optimizer: Optimizer) -> bool:
     """Whether a gradient scaler found an overflow: fused optimizers are stepped all the same, and do nothing."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
+
+
+def _warn_of_nothing_to_train(optimizer: Optimizer) -> None:
+    if optimizer in _warned or any(group["params"] for group in optimizer.param_groups):
+        return
+    _warned.add(optimizer)
+    warnings.warn(
+        f"{type(optimizer).__name__} holds no parameter: its steps train nothing. An adapter is loaded for inference unless it is loaded "
+        "with is_trainable=True.",
+        SliceFineWarning,
+        stacklevel=3,
+    )
 
 
 def _warn_of_weight_decay(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:

@@ -356,6 +356,14 @@ def test_a_saved_configuration_starts_afresh_on_its_own_base(tmp_path):
     fit(model, 2)
 
 
+def test_a_state_dict_of_other_values_is_not_saved(tmp_path):
+    _, model = adapted_mlp()
+    averaged = {name: value * 0.9 for name, value in model.state_dict().items()}
+    with pytest.raises(SliceFineError, match=r"lin0.*holds other values.*load_state_dict"):
+        model.save_pretrained(tmp_path, state_dict=averaged)
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+
+
 def test_what_the_folder_holds(tmp_path):
     """What PEFT's loaders expect, and nothing that could run code."""
     saved(tmp_path)

@@ -5,7 +5,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import differences, llama, outputs, tokens, trainable
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from slicefine import SliceFineConfig, SliceFineError, active_slices, touched_slices
 from slicefine.tuner.layer import SliceLinear
@@ -57,6 +60,27 @@ def test_the_trained_outputs_bit_by_bit(saved, how):
     assert torch.equal(outputs(model, IDS).logits, outputs(trained, IDS).logits)
     model.delete_adapter("default")
     assert torch.equal(outputs(model, IDS).logits, plain)
+
+
+def test_nothing_is_reported_as_missing(saved):
+    base, adapter, _ = saved
+    info = AutoModelForCausalLM.from_pretrained(base).load_adapter(str(adapter))
+    assert not info.missing_keys
+    assert not info.unexpected_keys
+    assert not info.mismatched_keys
+
+
+def test_a_pipeline_of_the_adapter(saved):
+    base, adapter, trained = saved
+    vocabulary = {f"w{number}": number for number in range(50)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w0")
+    tokenizer.save_pretrained(base)  # where transformers looks for it
+    generate = pipeline("text-generation", model=str(adapter), device="cpu")
+    (answer,) = generate("w1 w2 w3", max_new_tokens=5, do_sample=False, return_full_text=False)
+    expected = trained.eval().generate(input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False)
+    assert answer["generated_text"].split() == [f"w{number}" for number in expected[0, 3:].tolist()]
 
 
 def test_training_goes_on(saved):

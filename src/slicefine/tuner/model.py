@@ -157,6 +157,7 @@ class SliceFineModel(BaseTuner):
         layers = _layers(model, adapter_name)
         for layer in layers.values():
             layer.check_written()
+        _refuse_other_values(layers, adapter_name, state_dict)
         tensors: dict[str, Tensor] = {}
         seals = {}
         for name, layer in layers.items():
@@ -321,6 +322,19 @@ def _copy_adapter(model: nn.Module, source: str, adapter: str) -> None:
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and {source, adapter} <= module.modules_to_save.keys():
             module.modules_to_save[adapter].load_state_dict(module.modules_to_save[source].state_dict())
+
+
+def _refuse_other_values(layers: dict[str, SliceLinear], adapter: str, state_dict: dict[str, Tensor]) -> None:
+    """Raise if what is to be saved is not what the layers hold: `save_pretrained(state_dict=...)` with an average, say."""
+    for name, layer in layers.items():
+        given = state_dict.get(f"{name}.slicefine_weight.{adapter}")
+        if given is not None and not torch.equal(
+            given.to(layer.slicefine_weight[adapter]), layer.slicefine_weight[adapter]
+        ):
+            raise SliceFineError(
+                f"{name}: an adapter is saved from the model, whose touched rows and columns are no parameters; the state dict that was given "
+                "holds other values. Load it into the model first (`model.load_state_dict`), then save without `state_dict`."
+            )
 
 
 def _refuse_heads(model: nn.Module, tensors: dict[str, Tensor]) -> None:

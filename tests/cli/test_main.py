@@ -78,7 +78,7 @@ def test_help_of_train_names_every_setting_with_its_default(
 
 def test_the_flags_of_train_are_a_decision(capsys: pytest.CaptureFixture[str]) -> None:
     flags = set(re.findall(r"--([\w.]+)", help_of(capsys, "train")))
-    assert flags == {"help", "resume", "section.setting", *schema.settings(Recipe)}
+    assert flags == {"help", "resume", "allow_inexact_resume", "section.setting", *schema.settings(Recipe)}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,7 @@ def test_the_flags_of_train_are_a_decision(capsys: pytest.CaptureFixture[str]) -
         (["train", "a.yaml", "--slice.rr=3"], "no argument '--slice.rr' here. Did you mean '--slice.r'?"),
         (["train", "a.yaml", "--learning_rate", "3"], "Did you mean '--training.learning_rate'?"),
         (["train", "a.yaml", "--slice.r", "many"], "`slice.r` is a whole number; got many."),
+        (["train", "a.yaml", "--slice.slide_every", "None"], "a whole number or null; got None. Write null."),
         (["train", "a.yaml", "--slice.axis=rows"], "is one of row, column, alternate; got rows. Did you mean 'row'?"),
         (["train", "a.yaml", "--slice.r"], "--slice.r takes a value: --slice.r VALUE"),
         (["train", "absent.yaml"], "there is none at absent.yaml"),

@@ -81,6 +81,14 @@ def test_broken_csv(tmp_path: Path) -> None:
     assert f"{path}:2: not valid CSV" in refusal(path, 'text,label\n"a"x,b\n')
 
 
+@pytest.mark.parametrize(("mark", "shown"), [(";", "';'"), ("\t", r"'\t'"), ("|", "'|'")])
+def test_csv_without_commas(tmp_path: Path, mark: str, shown: str) -> None:
+    path = tmp_path / "a.csv"
+    message = refusal(path, f"text{mark}label\na, b{mark}c\n")
+    assert f"{path}:1: the columns of a CSV file are separated by commas, these by {shown}." in message
+    assert "no column" not in message
+
+
 @pytest.mark.parametrize(("kind", "first"), [("csv", b"text,label\n"), ("jsonl", b'{"text": "a", "label": 1}\n')])
 def test_not_utf8(tmp_path: Path, kind: str, first: bytes) -> None:
     path = tmp_path / f"a.{kind}"

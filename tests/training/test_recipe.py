@@ -100,8 +100,10 @@ def test_all_problems_at_once_with_the_file_named(tmp_path: Path) -> None:
         assert part in message
 
 
-def test_what_is_missing_is_named_with_its_help(tmp_path: Path) -> None:
-    message = refusal(tmp_path, "slice: {r: 3}")
+def test_what_is_missing_is_named_with_its_help_and_the_rest_is_checked(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "slice: {r: 0}")
+    assert "5 problems" in message
+    assert "`slice.r` is the number of rows or columns in a slice, a whole number of at least 1; got 0." in message
     for key in ("task", "output", "model.name", "data.train"):
         assert f"`{key}` is missing: {schema.settings(Recipe)[key].help}." in message
 
@@ -122,6 +124,12 @@ def test_what_is_missing_is_named_with_its_help(tmp_path: Path) -> None:
         ("task: null\n", "`task` is a string; got null."),
         ("training: {bf16: 3}\n", "`training.bf16` is true or false; got 3."),
         ("slice: {slide_every: often}\n", "`slice.slide_every` is a whole number or null; got 'often'."),
+        ("slice: {slide_every: None}\n", "`slice.slide_every` is a whole number or null; got 'None'. Write null."),
+        (
+            "data: {validation: 10%}\n",
+            "`data.validation` as a fraction is a number between 0 and 1; got '10%'. Write 0.1.",
+        ),
+        ("data: {validation: 12.5 %}\n", "Write 0.125."),
         ("slice: {target_modules: [1]}\n", "`slice.target_modules` is a string or a list of strings; got [1]."),
     ],
 )

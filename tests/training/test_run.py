@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from peft import PeftModel
@@ -177,6 +180,10 @@ def test_interrupted_and_resumed_is_bit_identical(
 
     with pytest.raises(SliceFineError, match="is finished; nothing is left to resume"):
         train(recipe, resume=True)
+    with pytest.raises(
+        SliceFineError, match=r"cannot be made longer.*12 steps.*--output.*slicefine export .*--model\.name"
+    ):
+        train(override(settings, slice__order="random", training__num_train_epochs=3), resume=True)
 
 
 def test_a_second_interrupt_stops_at_once(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +225,8 @@ def test_resume_refuses_another_run(settings: dict[str, Any], data_file: Path, m
 
     with pytest.raises(SliceFineError) as error:
         train(override(settings, slice__r=3, training__learning_rate=1.0), resume=True)
+    assert f"goes on with the same recipe, {recipe.resolved().output}/recipe.yaml. Give that one" in str(error.value)
+    assert "2 problems" in str(error.value)  # and none of them is how to mend them
     assert "`slice.r` was 2 and is 3 now." in str(error.value)
     assert "`training.learning_rate` was 0.005 and is 1.0 now." in str(error.value)
     with data_file.open("a") as file:
@@ -225,6 +234,50 @@ def test_resume_refuses_another_run(settings: dict[str, Any], data_file: Path, m
     with pytest.raises(SliceFineError, match=r"since the run in .* began, train and validation changed"):
         train(recipe, resume=True)
     assert before == (sorted(Path(recipe.output).rglob("*")), (Path(recipe.output) / "record.json").read_bytes())
+
+
+LOST_OPTIMIZER = "the optimizer's moments and the learning rate start anew (transformers loads both or neither)"
+
+
+@pytest.mark.parametrize(
+    ("gone", "lost"),
+    [
+        (["optimizer.pt"], [LOST_OPTIMIZER]),
+        (["scheduler.pt"], [LOST_OPTIMIZER]),
+        (["rng_state.pth"], ["dropout draws other numbers"]),
+        (["optimizer.pt", "rng_state.pth"], [LOST_OPTIMIZER, "dropout draws other numbers"]),
+    ],
+    ids=["optimizer", "scheduler", "random state", "two"],
+)
+def test_an_inexact_resume_is_asked_for(
+    settings: dict[str, Any], gone: list[str], lost: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.from_flat(settings)
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        train(recipe)
+    checkpoint = Path(settings["output"]) / "checkpoints" / "checkpoint-5"
+    for name in gone:
+        (checkpoint / name).unlink()
+    record_file = Path(settings["output"]) / "record.json"
+    before = sorted(Path(settings["output"]).rglob("*")), record_file.read_bytes()
+    said = f"{checkpoint} has no {' and no '.join(gone)}: {', and '.join(lost)}"
+
+    with pytest.raises(SliceFineError) as error:
+        train(recipe, resume=True)
+    assert said in str(error.value)
+    assert "--allow_inexact_resume" in str(error.value)
+    assert before == (sorted(Path(settings["output"]).rglob("*")), record_file.read_bytes())
+
+    with pytest.warns(SliceFineWarning, match=f"{re.escape(said)}. The run will end differently") as warned:
+        record = train(recipe, resume=True, allow_inexact_resume=True)
+    assert sum(issubclass(warning.category, SliceFineWarning) for warning in warned) == 1
+    assert (record.status, record.resumed_from) == ("finished", [5])
+
+
+def test_only_a_resume_can_be_inexact(recipe: Recipe) -> None:
+    with pytest.raises(SliceFineError, match="a new run has no use for it"):
+        train(recipe, allow_inexact_resume=True)
 
 
 def test_used_output(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -245,7 +298,9 @@ def test_used_output(settings: dict[str, Any], tmp_path: Path) -> None:
         ({"data.train": "absent.jsonl"}, "absent.jsonl does not exist"),
         ({"data.text": "txt"}, "no column 'txt'; there are 'text', 'label'. Did you mean 'text'?"),
         ({"data.max_length": 1000}, "at most what"),
-        ({"model.name": "/absent/model"}, "did not load"),
+        ({"model.name": "/absent/model"}, "`model.name` is a folder with a pretrained model and its tokenizer, or"),
+        ({"model.name": "./absent"}, "there is no folder ./absent."),
+        ({"model.name": "."}, "; . has no config.json in it."),
         ({"slice.target_modules": ["qery"]}, "Did you mean 'query'?"),
         ({"slice.layers_pattern": "layer"}, "`layers_pattern` says where"),
         ({"training.report_to": "tensorbord"}, "Did you mean 'tensorboard'?"),
@@ -276,10 +331,27 @@ def test_settings_that_transformers_refuses(
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_data_is_found_before_the_model_is_looked_for(settings: dict[str, Any], data_file: Path) -> None:
+def test_bad_data_is_found_before_the_model_is_loaded(
+    settings: dict[str, Any], data_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{")
+    recipe = override(settings, model__name=str(tmp_path / "model"))
+    with pytest.raises(SliceFineError, match=r"did not load: .*config\.json"):
+        train(recipe)
     data_file.write_text("{")
     with pytest.raises(SliceFineError, match=r"train\.jsonl:1: not valid JSON"):
-        train(Recipe.from_flat(settings | {"model.name": "/absent"}))
+        train(recipe)
+
+
+def test_a_hub_out_of_reach_is_found_at_once(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask it for most of a minute."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
+    began = time.perf_counter()
+    with pytest.raises(SliceFineError, match=r"nor a model downloaded before, and the hub .* cannot be reached: "):
+        train(Recipe.from_flat(settings | {"model.name": "nobody/nothing"}))
+    assert time.perf_counter() - began < 5
 
 
 def test_one_process_only(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`slicefine train RECIPE.yaml [--slice.r 5 ...] [--resume]`."""
+"""`slicefine train RECIPE.yaml [--slice.r 5 ...] [--resume [--allow_inexact_resume]]`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ HELP = "Fine-tune a model as a recipe says; every setting of the recipe can be g
 
 def add(parser: ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.usage = "slicefine train RECIPE.yaml [--resume] [--section.setting VALUE ...]"
+    parser.usage = "slicefine train RECIPE.yaml [--resume [--allow_inexact_resume]] [--section.setting VALUE ...]"
     parser.add_argument("recipe", type=str, metavar="RECIPE.yaml", help="The recipe")
     parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint of the run in `output`")
+    parser.add_argument(
+        "--allow_inexact_resume",
+        action="store_true",
+        help="Resume even if the checkpoint has lost its optimizer, scheduler or random state; the result will differ",
+    )
     schema.add_arguments(parser, Recipe)
 
 
@@ -41,7 +46,11 @@ def run(given: Any) -> int:
     quiet()
     from slicefine.training.run import train
 
-    record = train(recipe, resume=bool(given.get("resume")))
+    record = train(
+        recipe,
+        resume=bool(given.get("resume")),
+        allow_inexact_resume=bool(given.get("allow_inexact_resume")),
+    )
     print(summary(record, recipe.output))
     return 130 if record.status == "interrupted" else 0
 

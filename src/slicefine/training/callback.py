@@ -10,7 +10,8 @@ import warnings
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import GreedyLR, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.slicing import Slice
@@ -37,8 +38,15 @@ class SliceFineCallback(TrainerCallback):
     `Trainer(..., callbacks=[SliceFineCallback(), TensorBoardCallback()])` with `report_to="none"`.
 
     Warns (`SliceFineWarning`) when the run begins if it is too short for a single move, and when it ends of targets
-    whose slices did not change. Raises `SliceFineError` under FSDP, DeepSpeed and `nn.DataParallel`.
+    whose slices did not change. Raises `SliceFineError` under FSDP, DeepSpeed and `nn.DataParallel`, and when Trainer has
+    resumed from a checkpoint without the state of optimizer and scheduler.
+
+    Args:
+        allow_inexact_resume: Let such a run go on, with a new optimizer and the learning rate from its beginning.
     """
+
+    def __init__(self, *, allow_inexact_resume: bool = False) -> None:
+        self._allow_inexact_resume = allow_inexact_resume
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _refuse_unsupported(args)
@@ -49,11 +57,14 @@ class SliceFineCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
         _refuse_unsupported(args)
         assert model is not None
         self._layers = tuned_layers(model)
+        if not self._allow_inexact_resume:
+            _refuse_lost_optimizer(self._layers, state.global_step, lr_scheduler)
         self._moves = _moves(self._layers)
         self._finished: dict[str, float] = {}
         _warn_if_too_short(self._layers, steps_to_go=state.max_steps - state.global_step)
@@ -77,6 +88,7 @@ class SliceFineCallback(TrainerCallback):
     ) -> None:
         if logs is None or model is None or "loss" not in logs:  # a validation, or the summary at the end
             return
+        _check_written(self._layers)
         norms = update_norms(model).values()
         values = {
             "slicefine/moves": self._moves,
@@ -98,6 +110,7 @@ class SliceFineCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        _check_written(self._layers)
         still = unmoved(model)
         if still:
             more = f" and {len(still) - SHOWN_NAMES} more" if len(still) > SHOWN_NAMES else ""
@@ -154,6 +167,30 @@ def _refuse_unsupported(args: TrainingArguments) -> None:
         raise SliceFineError(
             f"Trainer would use nn.DataParallel over {args.n_gpu} GPUs, whose replicas lose the slices. Show it one "
             "GPU (CUDA_VISIBLE_DEVICES=0), or start one process per GPU with torchrun."
+        )
+
+
+def _check_written(layers: dict[str, SliceLinear]) -> None:
+    """Raise if something other than an optimizer has changed a slice."""
+    for layer in layers.values():
+        layer.check_written()
+
+
+def _refuse_lost_optimizer(layers: dict[str, SliceLinear], resumed_at: int, scheduler: Any) -> None:
+    """Raise if Trainer has resumed without the state of optimizer and scheduler: it loads both or, without a word, neither.
+
+    A scheduler at its beginning after steps have been made shows it; the optimizer's state does not, as it may be empty by
+    right. Schedulers that do not count optimizer steps tell nothing.
+    """
+    made, _ = progress(layers)
+    if not resumed_at or not made or isinstance(scheduler, ReduceLROnPlateau | GreedyLR):
+        return
+    if getattr(scheduler, "last_epoch", None) == 0:
+        raise SliceFineError(
+            f"The checkpoint of step {resumed_at} has no optimizer.pt or no scheduler.pt, so Trainer has started with a new "
+            "optimizer and the learning rate from its beginning: the run would end differently from one that was never "
+            "stopped. Resume from a complete checkpoint (save_only_model=False), or accept the difference with "
+            "SliceFineCallback(allow_inexact_resume=True)."
         )
 
 

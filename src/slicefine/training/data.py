@@ -127,7 +127,7 @@ def _csv(path: Path, columns: list[str], problems: list[str]) -> Rows:
             if header is None:
                 header = fields
                 if missing := _missing(columns, header):
-                    problems.append(f"{path}:1: {missing}")
+                    problems.append(f"{path}:1: {_other_separator(header) or missing}")
                     return
                 continue
             if len(fields) != len(header):
@@ -140,6 +140,14 @@ def _csv(path: Path, columns: list[str], problems: list[str]) -> Rows:
             yield f"{path}:{reader.line_num}", {column: row[column] for column in columns}
     except csv.Error as error:
         problems.append(f"{path}:{reader.line_num}: not valid CSV ({error}).")
+
+
+def _other_separator(header: list[str]) -> str | None:
+    """Say so if something else than a comma separates the columns."""
+    found = next((mark for mark in ";\t|" if mark in header[0]), None)
+    if len(header) > 1 or found is None:
+        return None
+    return f"the columns of a CSV file are separated by commas, these by {found!r}. Save the file with commas."
 
 
 def _parquet(path: Path, columns: list[str], problems: list[str]) -> Rows:

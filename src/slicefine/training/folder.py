@@ -9,10 +9,11 @@ logs/           TensorBoard
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
-from slicefine.errors import SliceFineError, raise_all
+from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
 from slicefine.training import record
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import RunRecord
@@ -29,6 +30,8 @@ FREE_TO_CHANGE = {
     "training.report_to",
     "training.save_total_limit",
 }
+RNG_STATE = "rng_state.pth"
+NEEDED_TO_BE_EXACT = ("optimizer.pt", "scheduler.pt", RNG_STATE)
 
 
 def refuse_used(folder: Path) -> None:
@@ -51,19 +54,24 @@ def checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path:
         raise SliceFineError(
             f"--resume goes on with the run in `output`; there is none in {folder}. Start it without --resume."
         )
+    record = RunRecord.read(folder)
+    if record.status == "finished":
+        raise SliceFineError(
+            f"The run in {folder} is finished; nothing is left to resume, and a finished run cannot be made longer: its learning "
+            f"rate ends with its {record.steps} steps. Start a longer one with --output, or one that goes on from the trained "
+            f"model: `slicefine export {folder} --as merged MODEL_FOLDER`, then --model.name MODEL_FOLDER and --output."
+        )
     saved = Recipe.load(folder / RECIPE).flat()
     changed = [
         f"`{key}` was {saved[key]!r} and is {value!r} now."
         for key, value in recipe.flat().items()
         if value != saved[key] and key not in FREE_TO_CHANGE
     ]
-    if changed:
-        changed.append(f"Resume with the recipe {folder / RECIPE}, or start another run with --output.")
-    raise_all(changed, f"--resume goes on with the same recipe; the run in {folder} has another")
-    if RunRecord.read(folder).status == "finished":
-        raise SliceFineError(
-            f"The run in {folder} is finished; nothing is left to resume. Start another with --output."
-        )
+    raise_all(
+        changed,
+        f"--resume goes on with the same recipe, {folder / RECIPE}. Give that one, or start another run with --output. "
+        "What differs",
+    )
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
         raise SliceFineError(
@@ -71,6 +79,30 @@ def checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path:
             "without --resume. (`training.save_steps` decides how often checkpoints are written.)"
         )
     return checkpoint
+
+
+def refuse_inexact(checkpoint: Path, *, allowed: bool) -> None:
+    """Raise `SliceFineError` if a file is gone without which a run goes on differently; only warn if that is `allowed`.
+
+    Trainer itself goes on without a word.
+    """
+    missing = [file for file in NEEDED_TO_BE_EXACT if not (checkpoint / file).is_file()]
+    if not missing:
+        return
+    lost = []
+    if missing != [RNG_STATE]:
+        lost.append("the optimizer's moments and the learning rate start anew (transformers loads both or neither)")
+    if RNG_STATE in missing:
+        lost.append("dropout draws other numbers")
+    what = f"{checkpoint} has no {' and no '.join(missing)}: {', and '.join(lost)}"
+    if not allowed:
+        raise SliceFineError(
+            f"--resume goes on as if the run had never been stopped; it cannot here. {what}. Put the file back, delete this "
+            "checkpoint to go on from an earlier one, or accept the difference with --allow_inexact_resume."
+        )
+    warnings.warn(
+        f"{what}. The run will end differently from one that was never stopped.", SliceFineWarning, stacklevel=2
+    )
 
 
 def refuse_other_data(saved: RunRecord, data: dict[str, Any], folder: Path) -> None:

@@ -6,6 +6,7 @@ The line under each field is its `--help`. Nothing heavy is imported here (no to
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,12 +156,10 @@ class Recipe:
                 problems.append(str(error))
         required = [key for key, setting in schema.settings(cls).items() if setting.default is schema.REQUIRED]
         problems += [f"`{key}` is missing: {_help(key)}." for key in required if key not in given]
-        if all(key in values for key in required):
-            recipe = cls.from_flat(values)
-            raise_all(problems + recipe.problems(), f"Recipe {path}")
-            return recipe
-        raise_all(problems, f"Recipe {path}")
-        raise AssertionError("a required setting without a value is a problem")
+        # What is missing or of another type has been noted; a stand-in lets the other values be checked with it.
+        recipe = cls.from_flat(dict.fromkeys(required, next(iter(TASKS))) | values)
+        raise_all(problems + recipe.problems(), f"Recipe {path}")
+        return recipe
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Recipe:
@@ -211,6 +210,11 @@ class Recipe:
         fraction = self.data.validation
         if not isinstance(fraction, str) and not 0 < fraction < 1:
             found.append(f"`data.validation` as a fraction lies between 0 and 1, ends excluded; got {fraction}.")
+        if isinstance(fraction, str) and re.fullmatch(r"\d+(\.\d+)? ?%", fraction):
+            found.append(
+                f"`data.validation` as a fraction is a number between 0 and 1; got {fraction!r}. Write "
+                f"{float(fraction.rstrip(' %')) / 100:g}."
+            )
         for key in ("model.name", "data.train", "data.validation", "data.text", "data.label", "output"):
             if values[key] == "":
                 found.append(f"`{key}` is empty: {_help(key)}.")

@@ -29,6 +29,7 @@ from slicefine.errors import SliceFineError, did_you_mean, raise_all
 from slicefine.training import folder as folders
 from slicefine.training import record as records
 from slicefine.training.callback import SliceFineCallback
+from slicefine.training.hub import model_problem
 from slicefine.training.progress import Interrupt, SliceFineProgress, StepTimer
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import RunRecord
@@ -36,19 +37,26 @@ from slicefine.training.tasks import Prepared, Task, get_task
 from slicefine.tuner import SliceFineConfig, parameter_counts
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> RunRecord:
+def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = False) -> RunRecord:
     """Run a recipe; with `resume`, go on from the last checkpoint in its run folder.
+
+    A checkpoint that has lost a file which decides how the run goes on (optimizer, scheduler, random state) is refused;
+    with `allow_inexact_resume` it is used, with a warning of what will differ.
 
     The first Ctrl-C ends the run after the step at hand, with a checkpoint and the status `"interrupted"`; the second
     raises `KeyboardInterrupt` at once.
 
     Raises `SliceFineError` for what is wrong with recipe, data, model or run folder, before the folder is changed.
     """
+    if allow_inexact_resume and not resume:
+        raise SliceFineError("--allow_inexact_resume says how to resume; a new run has no use for it. Add --resume.")
     raise_all(recipe.problems() + _setting_problems(recipe), "Recipe")
     recipe = recipe.resolved()
     folder = Path(recipe.output)
     checkpoint = folders.checkpoint_to_resume(recipe, folder) if resume else None
-    if not checkpoint:
+    if checkpoint:
+        folders.refuse_inexact(checkpoint, allowed=allow_inexact_resume)
+    else:
         folders.refuse_used(folder)
     config, arguments = _slice_config(recipe), _arguments(recipe, folder)
     task = get_task(recipe.task)
@@ -117,7 +125,13 @@ def _run(
         processing_class=prepared.tokenizer,
         data_collator=prepared.collator,
         compute_metrics=prepared.compute_metrics,
-        callbacks=[SliceFineCallback(), *_trackers(recipe, folder), SliceFineProgress(), timer, interrupt],
+        callbacks=[
+            SliceFineCallback(allow_inexact_resume=True),  # what the checkpoint lacks was refused or allowed before
+            *_trackers(recipe, folder),
+            SliceFineProgress(),
+            timer,
+            interrupt,
+        ],
     )
     trainer.remove_callback(PrinterCallback)  # Trainer's stand-in for the bar that `disable_tqdm` takes away
     if checkpoint is None:
@@ -143,7 +157,7 @@ def _run(
 
 
 def _setting_problems(recipe: Recipe) -> list[str]:
-    """What only the installed packages and the environment can tell."""
+    """What only the installed packages, the file system and the network can tell."""
     known = [*INTEGRATION_TO_CALLBACK, "none"]
     problems = [
         f"`training.report_to` names trackers that transformers knows; got {name!r}.{did_you_mean(name, known)}"
@@ -155,6 +169,8 @@ def _setting_problems(recipe: Recipe) -> list[str]:
         for name in _report_to(recipe)
         if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations()
     ]
+    if problem := model_problem(recipe.model.name):
+        problems.append(problem)
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         problems.append(
             f"`slicefine train` runs in one process; WORLD_SIZE is {processes}. Start it without torchrun or accelerate "

@@ -178,8 +178,11 @@ def _field_docs(kind: type) -> dict[str, str]:
 
 
 def _wrong_type(setting: Setting, shown: str) -> str:
-    choices = get_args(setting.kind) if get_origin(setting.kind) is Literal else ()
-    return f"`{setting.key}` is {_in_words(setting.kind)}; got {shown}.{did_you_mean(shown.strip(chr(39)), choices)}"
+    word = shown.strip("'")
+    near = did_you_mean(word, get_args(setting.kind) if get_origin(setting.kind) is Literal else ())
+    if word == "None" and NoneType in get_args(setting.kind):
+        near = " Write null."
+    return f"`{setting.key}` is {_in_words(setting.kind)}; got {shown}.{near}"
 
 
 def _in_words(kind: Any) -> str:

@@ -144,6 +144,15 @@ def test_a_fraction_that_leaves_nothing(tmp_path: Path) -> None:
     assert "larger fraction, or to a file" in message
 
 
+@pytest.mark.parametrize("validation", ["fraction", "file"])
+def test_a_column_that_names_rows_and_not_classes(tmp_path: Path, validation: str) -> None:
+    rows = [{"text": "a", "label": f"row {number}"} for number in range(8)]
+    other = write(tmp_path / "validation.jsonl", [{"text": "a", "label": "row 8"}])
+    message = refusal(tmp_path, rows, validation=0.25 if validation == "fraction" else other)
+    assert "in 'label' of" in message
+    assert "each of the 8 rows has one of its own. Set `data.label` to the column of the classes." in message
+
+
 def test_prepared_for_the_model(recipe: Recipe) -> None:
     prepared = task.prepare(recipe, task.read(recipe.data))
     assert prepared.model.config.id2label == {0: "food", 1: "space", 2: "sport"}

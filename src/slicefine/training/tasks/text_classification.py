@@ -79,6 +79,11 @@ def read(data: DataSettings) -> Examples:
         for place, label in zip(table.places, labels[name], strict=True)
         if label not in index
     ]
+    if len(known) == len(labels["train"]) and (unseen or "validation" not in tables):
+        raise SliceFineError(
+            f"Data: the examples of a class share its label; in {data.label!r} of {data.train} each of the {len(known)} rows has "
+            "one of its own. Set `data.label` to the column of the classes."
+        )
     raise_all(shorten(unseen), "Data")
 
     sets = {name: _columns(table, data, [index[label] for label in labels[name]]) for name, table in tables.items()}

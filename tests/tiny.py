@@ -5,7 +5,19 @@ import copy
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
 
 from slicefine import SliceFineConfig
 
@@ -29,6 +41,18 @@ def mlp(**kwargs):
     return MLP(**kwargs)
 
 
+def conv_mlp():
+    """The tiny MLP with Conv1D in place of its first two layers, and the same function."""
+    model = mlp()
+    for name in ("lin0", "lin1"):
+        linear = getattr(model, name)
+        conv = Conv1D(linear.out_features, linear.in_features)
+        conv.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+        conv.bias = linear.bias
+        setattr(model, name, conv)
+    return model
+
+
 def bert(num_labels=3, **kwargs):
     torch.manual_seed(0)
     config = BertConfig(
@@ -45,6 +69,33 @@ def llama(**kwargs):
         intermediate_size=24, max_position_embeddings=32, **kwargs,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+def electra(**kwargs):
+    torch.manual_seed(0)
+    config = ElectraConfig(
+        vocab_size=50, embedding_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **kwargs,
+    )  # fmt: skip
+    return ElectraForSequenceClassification(config)
+
+
+def gpt2(**kwargs):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=0, eos_token_id=0, **kwargs,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def opt(**kwargs):
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16,
+        max_position_embeddings=32, dropout=0.0, **kwargs,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
 
 
 def batch(dtype=torch.float32, size=8, seed=1):

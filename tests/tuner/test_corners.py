@@ -57,8 +57,8 @@ def test_a_state_dict_brings_everything_back(steps, disabled):
 
 def test_a_state_dict_without_positions_is_reported():
     _, model = adapted_mlp()
-    state = {name: value for name, value in model.state_dict().items() if "slicefine_state" not in name}
-    with pytest.raises(RuntimeError, match=r"Missing key.*slicefine_state.default.step"):
+    state = {name: value for name, value in model.state_dict().items() if "slicefine_index" not in name}
+    with pytest.raises(RuntimeError, match=r"Missing key.*slicefine_index.default.step"):
         model.load_state_dict(state)
 
 

@@ -14,52 +14,6 @@ from slicefine.kernel import vectors
 from slicefine.slicing import Slice
 from slicefine.tuner.layer import SliceLinear
 
-OPTIMIZERS = {
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-2, weight_decay=0.0, foreach=False),
-    "adamw-foreach": lambda parameters: torch.optim.AdamW(parameters, lr=3e-2, weight_decay=0.0, foreach=True),
-    "adamw-fused": lambda parameters: torch.optim.AdamW(parameters, lr=3e-2, weight_decay=0.0, fused=True),
-    "sgd-momentum": lambda parameters: torch.optim.SGD(parameters, lr=3e-2, momentum=0.9),
-    "sgd-dampening": lambda parameters: torch.optim.SGD(parameters, lr=3e-2, momentum=0.9, dampening=0.5),
-    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=3e-3, momentum=0.9),
-}
-
-
-def simulate(base, schedule, make_optimizer, steps, x, targets=("lin0", "lin1")):
-    """Dense gradients of the whole weight; the slice of each is trained as a parameter that is new after every move."""
-    model = copy.deepcopy(base)
-    parameters, optimizers, pieces = {}, {}, {}
-    generator = torch.Generator().manual_seed(2)
-    for step in range(steps):
-        for name in targets:
-            weight = getattr(model, name).weight
-            piece = schedule.slice_at(step, tuple(weight.shape))
-            if pieces.get(name) != piece:
-                values = vectors(weight.detach(), piece.axis)[piece.start : piece.stop].float().clone()
-                pieces[name], parameters[name] = piece, values.requires_grad_()
-                optimizers[name] = make_optimizer([parameters[name]])
-        model.zero_grad()
-        y = model(x)
-        (y.float() - torch.randn(y.shape, generator=generator)).square().mean().backward()
-        for name in targets:
-            weight, piece = getattr(model, name).weight, pieces[name]
-            parameters[name].grad = vectors(weight.grad, piece.axis)[piece.start : piece.stop].float().clone()
-            optimizers[name].step()
-            with torch.no_grad():
-                vectors(weight, piece.axis)[piece.start : piece.stop] = parameters[name].to(weight.dtype)
-    return model
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("axis", ["row", "column", "alternate"])
-def test_agrees_with_masked_dense_training(axis, optimizer):
-    base, model = adapted_mlp(axis=axis)
-    x = batch()
-    fit(model, 20, x, OPTIMIZERS[optimizer](trainable(model)))
-    expected = simulate(base, model.peft_config["default"].schedule, OPTIMIZERS[optimizer], 20, x)
-    assert differences(expected, base)
-    for name, parameter in model.merge_and_unload().state_dict().items():
-        torch.testing.assert_close(parameter, expected.state_dict()[name], rtol=2e-3, atol=2e-4)
-
 
 @pytest.mark.parametrize("order", ["sweep", "random"])
 def test_only_touched_entries_change(order):

@@ -18,5 +18,7 @@ def reset_moments(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     The state is removed, not zeroed: every optimizer knows how to start a parameter it has not seen, and zeros are not
     always that start (SGD with dampening copies the first gradient, other optimizers begin from the value itself).
     """
+    by_parameter = [kept for kept in vars(optimizer).values() if isinstance(kept, dict)]  # not all keep it in `state`
     for parameter in parameters:
-        optimizer.state.pop(parameter, None)
+        for kept in by_parameter:
+            kept.pop(parameter, None)

@@ -67,9 +67,9 @@ class Schedule:
         """Number of moves made in the first `step` optimizer steps."""
         return 0 if self.slide_every is None else step // self.slide_every
 
-    def digest(self) -> int:
-        """A number of 62 bits that tells settings apart. The same in every process."""
-        settings = f"{self.r}/{self.axis}/{self.slide_every}/{self.order}/{self.seed}"
+    def digest(self, name: str = "") -> int:
+        """A number of 62 bits that tells settings, and layers by `name`, apart. The same in every process."""
+        settings = f"{self.r}/{self.axis}/{self.slide_every}/{self.order}/{self.seed}/{name}"
         return int.from_bytes(hashlib.sha256(settings.encode()).digest()[:8]) >> 2
 
     def slice_at(self, step: int, shape: Shape) -> Slice:

@@ -30,3 +30,8 @@ def present_values(weight: Tensor, axis: str, indices: tuple[int, ...]) -> Tenso
     """Rows or columns of `weight` `(d_out, d_in)` as they are now, `(len(indices), length)`, on the CPU."""
     index = torch.tensor(indices, dtype=torch.int64, device=weight.device)
     return vectors(weight.detach(), axis).index_select(0, index).cpu()
+
+
+def same_values(values: Tensor, others: Tensor) -> bool:
+    """Equality of all entries of two tensors of one shape and dtype; NaN equals NaN."""
+    return torch.equal(values, others) or bool(torch.isclose(values, others, rtol=0, atol=0, equal_nan=True).all())

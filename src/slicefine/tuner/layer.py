@@ -22,7 +22,7 @@ from slicefine.slicing import SLICE_AXES, Region, Schedule, Shape, Slice
 from slicefine.tuner import sliding
 from slicefine.tuner.adapter_state import AdapterState, MasterDict
 from slicefine.tuner.artifact import Target
-from slicefine.tuner.base_layers import present_values, shape_of, weight_of
+from slicefine.tuner.base_layers import present_values, same_values, shape_of, weight_of
 from slicefine.tuner.originals import Originals, Stored, to_cpu
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
     """A linear base layer (`nn.Linear`, or transformers' `Conv1D`) of which one slice per adapter is trained."""
 
     adapter_layer_names = ("slicefine_weight", "slicefine_bias")
+    cast_input_dtype_enabled = False  # there is no cast; PEFT's `disable_input_dtype_casting` asks
     other_param_names = ("slicefine_index", "slicefine_declared", "slicefine_state")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -274,11 +275,16 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         version counters tell nothing, fused optimizers do not raise them.
         """
         self._take_in()
-        if self._installed is None:
+        if self._installed is None or self._weight.is_meta:
             return
         self.check_ranks(self._installed)
-        for destination, source in self.pending_writes(self._installed):
-            if not destination.is_meta and not _same(destination, source.to(destination.dtype)):
+        state = self.slicefine_state[self._installed]
+        pairs = self.pending_writes(self._installed)
+        if state.step == 0:  # an average of a model that has been trained, say
+            where = state.active.axis, tuple(state.active.indices)
+            pairs.append((self._present(*where), state.originals.pick(*where)))
+        for destination, source in pairs:
+            if not same_values(destination, source.to(destination.dtype)):
                 raise SliceFineError(
                     f"{self.name}: the parameter of its slice (adapter {self._installed!r}) was changed by something other than a step of a "
                     "torch.optim.Optimizer, and the weight did not follow. Let your optimizer derive from torch.optim.Optimizer; do not assign to, "
@@ -413,17 +419,19 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     def _declare(self, adapter: str) -> None:
         """Put what must be equal on all ranks into a buffer: DistributedDataParallel overwrites it with that of rank 0."""
+        self.slicefine_declared[adapter] = torch.tensor([self._start_of(adapter)], device=self._weight.device)
+
+    def _start_of(self, adapter: str) -> int:
+        """Which layer this is, its settings, and how far it is, in one number."""
         state = self.slicefine_state[adapter]
-        self.slicefine_declared[adapter] = torch.tensor(
-            [state.schedule.digest() + state.step], device=self._weight.device
-        )
+        return state.schedule.digest(self.name) + state.step
 
     def check_ranks(self, adapter: str) -> None:
         """Raise `SliceFineError` if rank 0 of a distributed run has declared other settings, or another step, than this one."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         state = self.slicefine_state[adapter]
-        if int(self.slicefine_declared[adapter]) != state.schedule.digest() + state.step:
+        if int(self.slicefine_declared[adapter]) != self._start_of(adapter):
             raise SliceFineError(
                 f"{self.name}: all ranks of a distributed run start with the same SliceFineConfig and the same step; this rank has "
                 f"{state.schedule} at step {state.step}, rank 0 something else. Build or load the adapter in the same way on every rank."
@@ -500,14 +508,20 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             tensors |= {f"{axis}_index": index, axis: values}
         if state.bias is not None:
             tensors["bias"] = state.bias
-        return {f"slicefine_state.{adapter}.{name}": tensor for name, tensor in tensors.items()}
+        return {f"slicefine_index.{adapter}.{name}": tensor for name, tensor in tensors.items()}
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Positions and originals first; weight and masters are children and are loaded after this."""
-        own = f"{prefix}slicefine_state."
-        plain = {key: tensor for key, tensor in state_dict.items() if not key.startswith(own)}
-        super()._load_from_state_dict(plain, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        given = {key.removeprefix(own): tensor for key, tensor in state_dict.items() if key.startswith(own)}
+        own = f"{prefix}slicefine_index."  # under a child's name, by which PEFT tells what is not the base model's
+        given = {key.removeprefix(own): state_dict.pop(key) for key in list(state_dict) if key.startswith(own)}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        base_weight = f"{prefix}base_layer.weight"
+        if base_weight in state_dict and not given and self._installed is not None:
+            del state_dict[base_weight]
+            error_msgs.append(
+                f"{prefix}: the weight holds what adapter {self._installed!r} has trained, and the state dict has values for the "
+                "weight alone. Load those of a base model within `disable_adapter()`."
+            )
         unexpected_keys += [own + key for key in given if key.rpartition(".")[0] not in self.slicefine_state]
         for adapter, state in self.slicefine_state.items():
             parts = {k.rpartition(".")[2]: tensor for k, tensor in given.items() if k.rpartition(".")[0] == adapter}
@@ -544,8 +558,3 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "slicefine." + super().__repr__()
-
-
-def _same(values: Tensor, expected: Tensor) -> bool:
-    """Equality of entries; NaN equals NaN."""
-    return torch.equal(values, expected) or bool(torch.isclose(values, expected, rtol=0, atol=0, equal_nan=True).all())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, raise_all
 from slicefine.slicing import ALTERNATE, SLICE_AXES, Region
 from slicefine.tuner import artifact, targets
 from slicefine.tuner.arrival import Arrival
-from slicefine.tuner.base_layers import present_values, shape_of, weight_of
+from slicefine.tuner.base_layers import present_values, same_values, shape_of, weight_of
 from slicefine.tuner.config import SliceFineConfig
 from slicefine.tuner.layer import SliceLinear
 from slicefine.tuner.seal import Seal
@@ -96,6 +98,20 @@ class SliceFineModel(BaseTuner):
             if layer.base_layer.bias is not None:
                 layer.base_layer.bias.requires_grad = False
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Without PEFT's copying of weight and bias, which a head of several layers (ELECTRA, RoBERTa) has not."""
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around every forward pass; without it `adapter_names` would be passed over in silence."""
+        if kwargs.get("adapter_names") is not None:
+            raise SliceFineError(
+                "One slicefine adapter is active at a time, so a batch cannot be split between several; got "
+                f"adapter_names={kwargs['adapter_names']!r}. Call `set_adapter`, and run one batch per adapter."
+            )
+        yield
+
     def disable_adapter_layers(self) -> None:
         """As PEFT's, without its warning: trained biases are put back as well, so the output is the base model's."""
         self._enable_adapter_layers(enabled=False)
@@ -105,6 +121,11 @@ class SliceFineModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         _refuse_unfinite(self.model, adapter_names or self.active_adapters)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        _show_heads(self.model, adapter_names or self.active_adapters)
+
+    def unmerge_adapter(self) -> None:
+        super().unmerge_adapter()
+        _show_heads(self.model, self.active_adapters)
 
     def _unload_and_optionally_merge(
         self,
@@ -116,11 +137,9 @@ class SliceFineModel(BaseTuner):
         if merge:
             _refuse_unfinite(self.model, adapter_names or self.active_adapters)
         else:
-            for module in self.model.modules():
-                if isinstance(module, SliceLinear):
-                    module.withdraw()
-                elif isinstance(module, AuxiliaryTrainingWrapper):
-                    module.set_adapter([])  # PEFT would hand out the trained head with the original weights
+            for layer in _layers(self.model).values():
+                layer.withdraw()
+        _show_heads(self.model, (adapter_names or self.active_adapters) if merge else [])
         layers = _layers(self.model).values()
         unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in layers:
@@ -232,6 +251,16 @@ def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, Slic
     }
 
 
+def _show_heads(model: nn.Module, adapter_names: list[str]) -> None:
+    """Let modules that are trained in full be those of the adapters named; PEFT keeps to the active one, whatever is merged."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            trains = {parameter: parameter.requires_grad for parameter in module.parameters()}
+            module.set_adapter([name for name in adapter_names if name in module._adapters])
+            for parameter, requires_grad in trains.items():
+                parameter.requires_grad = requires_grad
+
+
 def _name_problems(adapter_name: str) -> list[str]:
     """What keeps a name from being used: parameters are kept under it, as in PEFT's own methods."""
     if "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
@@ -327,10 +356,8 @@ def _copy_adapter(model: nn.Module, source: str, adapter: str) -> None:
 def _refuse_other_values(layers: dict[str, SliceLinear], adapter: str, state_dict: dict[str, Tensor]) -> None:
     """Raise if what is to be saved is not what the layers hold: `save_pretrained(state_dict=...)` with an average, say."""
     for name, layer in layers.items():
-        given = state_dict.get(f"{name}.slicefine_weight.{adapter}")
-        if given is not None and not torch.equal(
-            given.to(layer.slicefine_weight[adapter]), layer.slicefine_weight[adapter]
-        ):
+        given, held = state_dict.get(f"{name}.slicefine_weight.{adapter}"), layer.slicefine_weight[adapter]
+        if given is not None and not same_values(given.to(held), held):
             raise SliceFineError(
                 f"{name}: an adapter is saved from the model, whose touched rows and columns are no parameters; the state dict that was given "
                 "holds other values. Load it into the model first (`model.load_state_dict`), then save without `state_dict`."

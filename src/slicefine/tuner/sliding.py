@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from slicefine.tuner.layer import SliceLinear
 
 _layers: weakref.WeakSet[SliceLinear] = weakref.WeakSet()
+_optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Those that have trained slices. Several may hold the same ones, and a move concerns them all."""
 _warned: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _threads = threading.local()
 
@@ -102,7 +104,8 @@ def _settle(optimizers: list[Optimizer]) -> None:
     if not stepped:
         return
     refuse_sharding([layer.slicefine_weight[adapter] for layer, adapter in stepped])
-    _warn_of_weight_decay(
+    _optimizers.update(optimizers)
+    _warn_of_settings(
         optimizers[0], [held[id(p)] for layer, a in stepped if id(p := layer.slicefine_weight[a]) in held]
     )
 
@@ -124,7 +127,7 @@ def _settle(optimizers: list[Optimizer]) -> None:
             state.step += 1
             if state.schedule.moves(state.step) != state.schedule.moves(state.step - 1):
                 layer.slide(adapter)
-                for optimizer in optimizers:
+                for optimizer in _optimizers:
                     reset_moments(optimizer, [layer.slicefine_weight[adapter]])
 
 
@@ -157,10 +160,17 @@ def _warn_of_nothing_to_train(optimizer: Optimizer) -> None:
     )
 
 
-def _warn_of_weight_decay(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+def _warn_of_settings(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
     if optimizer in _warned:
         return
     _warned.add(optimizer)
+    if any("step" in group for group in groups):
+        warnings.warn(
+            f"{type(optimizer).__name__} counts its steps once for all parameters, so its bias correction does not start again when a slice moves. "
+            "Use an optimizer that counts per parameter, such as torch.optim.AdamW(fused=True).",
+            SliceFineWarning,
+            stacklevel=3,
+        )
     decay = max((group.get("weight_decay") or 0 for group in groups), default=0)
     if decay:
         warnings.warn(

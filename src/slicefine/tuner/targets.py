@@ -93,6 +93,8 @@ def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[
             problems.append(f"`exclude_modules` is a regular expression that matches no module; got {wanted!r}.")
         if wanted is None or isinstance(wanted, str):
             continue
+        if setting == "target_modules" and config.seals is not None:
+            continue  # PEFT has spelled out "all-linear", heads included; the seals name what has to be there
         if setting == "modules_to_save":  # PEFT adds all usual names of a head, of which a model has one
             wanted = [name for name in wanted if name not in SEQ_CLS_HEAD_NAMES]
         counts = {name: sum(_ends_with(key, name) for key in names) for name in sorted(wanted)}

@@ -27,5 +27,7 @@ def test_it_runs_and_writes_every_figure(tmp_path, capsys):
     scalars = 7 * 4  # Adam's step
     assert row["moments KiB"] == (2 * inputs * 4 + scalars) / 1024
     originals = 11 * inputs * 4 / 1024
-    assert originals <= row["originals and all else KiB"] <= originals + 7 * 13 * 8 / 1024  # indices and the declared step, int64
+    assert (
+        originals <= row["originals and all else KiB"] <= originals + 7 * 13 * 8 / 1024
+    )  # indices and the declared step, int64
     assert "warm-up round" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from transformers import GreedyLR, TrainerCallback, TrainerControl, TrainerState
 
 from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.slicing import Slice
+from slicefine.tuner.guards import check_written
 from slicefine.tuner.inspection import active_slices, unmoved, update_norm, update_norms
 from slicefine.tuner.layer import SliceLinear
 
@@ -88,7 +89,8 @@ class SliceFineCallback(TrainerCallback):
     ) -> None:
         if logs is None or model is None or "loss" not in logs:  # a validation, or the summary at the end
             return
-        _check_written(self._layers)
+        for layer in self._layers.values():
+            check_written(layer)
         norms = update_norms(model).values()
         values = {
             "slicefine/moves": self._moves,
@@ -110,7 +112,8 @@ class SliceFineCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        _check_written(self._layers)
+        for layer in self._layers.values():
+            check_written(layer)
         still = unmoved(model)
         if still:
             more = f" and {len(still) - SHOWN_NAMES} more" if len(still) > SHOWN_NAMES else ""
@@ -168,12 +171,6 @@ def _refuse_unsupported(args: TrainingArguments) -> None:
             f"Trainer would use nn.DataParallel over {args.n_gpu} GPUs, whose replicas lose the slices. Show it one "
             "GPU (CUDA_VISIBLE_DEVICES=0), or start one process per GPU with torchrun."
         )
-
-
-def _check_written(layers: dict[str, SliceLinear]) -> None:
-    """Raise if something other than an optimizer has changed a slice."""
-    for layer in layers.values():
-        layer.check_written()
 
 
 def _refuse_lost_optimizer(layers: dict[str, SliceLinear], resumed_at: int, scheduler: Any) -> None:

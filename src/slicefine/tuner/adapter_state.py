@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from slicefine.slicing import Schedule, Slice
-from slicefine.tuner.originals import Originals
+from slicefine.slicing import SLICE_AXES, Schedule, Slice
+from slicefine.tuner.originals import Originals, Stored, to_cpu
 
 
 @dataclass
@@ -23,6 +24,26 @@ class AdapterState:
     """The other version of the covered rows and columns."""
     bias: Tensor | None = None
     """The other version of the bias, `(d_out,)`, CPU, base dtype; None if it is not trained."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a state dict holds of this, by name; `restore` takes it back."""
+        tensors = {"step": torch.tensor(self.step)}
+        for axis, (index, values) in self.originals.stored().items():
+            tensors |= {f"{axis}_index": index, axis: values}
+        return tensors if self.bias is None else tensors | {"bias": self.bias}
+
+    def restore(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Become what `tensors` say; the active slice is left to the caller."""
+        self.step = int(tensors["step"])
+        self.originals = Originals(
+            {
+                axis: Stored(to_cpu(tensors[f"{axis}_index"]).clone(), to_cpu(tensors[axis]).to(dtype, copy=True))
+                for axis in SLICE_AXES
+                if axis in tensors
+            }
+        )
+        if self.bias is not None and "bias" in tensors:
+            self.bias = to_cpu(tensors["bias"]).to(dtype, copy=True)
 
 
 class MasterDict(nn.ParameterDict):

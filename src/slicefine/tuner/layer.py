@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from slicefine.errors import SliceFineError
 from slicefine.kernel import slice_linear, vectors
 from slicefine.slicing import SLICE_AXES, Region, Schedule, Shape, Slice
-from slicefine.tuner import sliding
+from slicefine.tuner import guards, sliding
 from slicefine.tuner.adapter_state import AdapterState, MasterDict
 from slicefine.tuner.artifact import Target
-from slicefine.tuner.base_layers import present_values, same_values, shape_of, weight_of
-from slicefine.tuner.originals import Originals, Stored, to_cpu
+from slicefine.tuner.base_layers import present_values, shape_of, weight_of
+from slicefine.tuner.originals import Originals, to_cpu
 
 if TYPE_CHECKING:
     from slicefine.tuner.arrival import Arrival
@@ -57,7 +57,8 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self._installed: str | None = None
         self._arrival: Arrival | None = None
-        self._version: int | None = None
+        self.followed: int | None = None
+        """Version of the installed adapter's parameter that the weight is known to follow; see `guards.py`."""
         self.register_load_state_dict_post_hook(_settle_after_loading)
         sliding.watch(self)
 
@@ -75,6 +76,11 @@ class SliceLinear(nn.Module, BaseTunerLayer):
     def dtype(self) -> torch.dtype:
         """That of the base weight."""
         return self._weight.dtype
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the weight has a shape and no values."""
+        return self._weight.is_meta
 
     @property
     def installed(self) -> str | None:
@@ -146,11 +152,15 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         if self._arrival is not None:
             self._arrival.complete()
 
+    def _check_written(self) -> None:
+        self._take_in()
+        guards.check_written(self)
+
     def train(self, mode: bool = True) -> Any:
         """As `nn.Module.train`."""
         self._take_in()
         if not mode:
-            self.check_written()
+            guards.check_written(self)
         return super().train(mode)
 
     def load(self, adapter: str, *, step: int, master: Tensor, values: dict[str, Tensor], bias: Tensor | None) -> None:
@@ -201,12 +211,12 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 f"One slicefine adapter is active at a time, because each puts its values into the same weights; got {names}. "
                 "Activate one, or merge one first and train the next on the merged model."
             )
-        self.check_written()
+        self._check_written()
         super().set_adapter(names, inference_mode=inference_mode)
         self._settle()
 
     def enable_adapters(self, enabled: bool) -> None:
-        self.check_written()
+        self._check_written()
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
@@ -224,7 +234,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             raise SliceFineError(
                 f"One slicefine adapter is merged at a time; got {self.merged_adapters + names}. Unmerge first."
             )
-        self.check_written()
+        self._check_written()
         if names[0] not in self.slicefine_weight:
             self._show(None)
             return
@@ -268,40 +278,6 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 self._exchange(self.slicefine_state[name])
         self._installed = adapter
 
-    def check_written(self) -> None:
-        """Raise `SliceFineError` if the weight does not follow the parameters of the installed adapter.
-
-        Steps of optimizers are written into the weight by hooks. Whatever else changes a parameter is found here, by value:
-        version counters tell nothing, fused optimizers do not raise them.
-        """
-        self._take_in()
-        if self._installed is None or self._weight.is_meta:
-            return
-        self.check_ranks(self._installed)
-        state = self.slicefine_state[self._installed]
-        pairs = self.pending_writes(self._installed)
-        if state.step == 0:  # an average of a model that has been trained, say
-            where = state.active.axis, tuple(state.active.indices)
-            pairs.append((self._present(*where), state.originals.pick(*where)))
-        for destination, source in pairs:
-            if not same_values(destination, source.to(destination.dtype)):
-                raise SliceFineError(
-                    f"{self.name}: the parameter of its slice (adapter {self._installed!r}) was changed by something other than a step of a "
-                    "torch.optim.Optimizer, and the weight did not follow. Let your optimizer derive from torch.optim.Optimizer; do not assign to, "
-                    "average (EMA, SWA) or perturb (SAM) `slicefine_weight`: merge first, or work on the base weights."
-                )
-        self._version = self.slicefine_weight[self._installed]._version
-
-    def _check_shown(self, shown: str | None, *_: Any) -> None:
-        """Raise if a backward pass meets other values than its forward pass: its input gradients would be wrong."""
-        if self._installed != shown:
-            then, now = (f"adapter {a!r}" if a else "no adapter" for a in (shown, self._installed))
-            raise SliceFineError(
-                f"{self.name}: a backward pass needs the values of its forward pass; that was made with {then}, the weight now holds "
-                f"the values of {now}. Call backward() before adapters are switched, enabled or disabled, or run the forward pass that needs no "
-                "gradient under torch.no_grad()."
-            )
-
     def _exchange(self, state: AdapterState) -> None:
         state.originals.exchange(self._weight)
         if state.bias is not None:
@@ -338,9 +314,9 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             self._refuse_call(len(args), sorted(kwargs))
         check = None
         if not torch.compiler.is_compiling():
-            check = functools.partial(self._check_shown, adapter)
-            if master._version != self._version:
-                self.check_written()
+            check = functools.partial(guards.check_shown, self, adapter)
+            if master._version != self.followed:
+                self._check_written()
         return slice_linear(
             x,
             weight,
@@ -355,7 +331,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
     def _plain_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
         if y.requires_grad and not torch.compiler.is_compiling():
-            y.register_hook(functools.partial(self._check_shown, self._installed))
+            y.register_hook(functools.partial(guards.check_shown, self, self._installed))
         return y
 
     def _refuse_call(self, more: int, named: list[str]) -> None:
@@ -394,7 +370,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     def has_followed(self, adapter: str) -> None:
         """Say that what an optimizer did has been written."""
-        self._version = self.slicefine_weight[adapter]._version
+        self.followed = self.slicefine_weight[adapter]._version
 
     def slide(self, adapter: str) -> None:
         """Freeze the active slice with what it has learned and go to where the schedule wants to be."""
@@ -418,24 +394,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             self.slicefine_index[adapter] = index.to(buffer.device)
 
     def _declare(self, adapter: str) -> None:
-        """Put what must be equal on all ranks into a buffer: DistributedDataParallel overwrites it with that of rank 0."""
-        self.slicefine_declared[adapter] = torch.tensor([self._start_of(adapter)], device=self._weight.device)
-
-    def _start_of(self, adapter: str) -> int:
-        """Which layer this is, its settings, and how far it is, in one number."""
-        state = self.slicefine_state[adapter]
-        return state.schedule.digest(self.name) + state.step
-
-    def check_ranks(self, adapter: str) -> None:
-        """Raise `SliceFineError` if rank 0 of a distributed run has declared other settings, or another step, than this one."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        state = self.slicefine_state[adapter]
-        if int(self.slicefine_declared[adapter]) != self._start_of(adapter):
-            raise SliceFineError(
-                f"{self.name}: all ranks of a distributed run start with the same SliceFineConfig and the same step; this rank has "
-                f"{state.schedule} at step {state.step}, rank 0 something else. Build or load the adapter in the same way on every rank."
-            )
+        self.slicefine_declared[adapter] = torch.tensor([guards.start_of(self, adapter)], device=self._weight.device)
 
     def _in_use(self, adapter: str) -> Tensor:
         """The part of the master that holds the active slice, `(width, length)`. A view."""
@@ -502,12 +461,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     def state_tensors(self, adapter: str) -> dict[str, Tensor]:
         """What a state dict holds of an adapter beside its parameters: step, originals, and whether it is installed."""
-        state = self.slicefine_state[adapter]
-        tensors = {"step": torch.tensor(state.step), "installed": torch.tensor(adapter == self._installed)}
-        for axis, (index, values) in state.originals.stored().items():
-            tensors |= {f"{axis}_index": index, axis: values}
-        if state.bias is not None:
-            tensors["bias"] = state.bias
+        tensors = {"installed": torch.tensor(adapter == self._installed)} | self.slicefine_state[adapter].tensors()
         return {f"slicefine_index.{adapter}.{name}": tensor for name, tensor in tensors.items()}
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
@@ -533,16 +487,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 self._installed = adapter
             elif self._installed == adapter:
                 self._installed = None
-            state.step = int(parts["step"])
-            state.originals = Originals(
-                {
-                    axis: Stored(to_cpu(parts[f"{axis}_index"]).clone(), to_cpu(parts[axis]).to(self.dtype, copy=True))
-                    for axis in SLICE_AXES
-                    if axis in parts
-                }
-            )
-            if state.bias is not None and "bias" in parts:
-                state.bias = to_cpu(parts["bias"]).to(self.dtype, copy=True)
+            state.restore(parts, self.dtype)
             self._point_at(adapter, state.schedule.slice_at(state.step, self.shape))
             self._declare(adapter)
 

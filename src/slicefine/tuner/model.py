@@ -21,6 +21,7 @@ from slicefine.tuner import artifact, targets
 from slicefine.tuner.arrival import Arrival
 from slicefine.tuner.base_layers import present_values, same_values, shape_of, weight_of
 from slicefine.tuner.config import SliceFineConfig
+from slicefine.tuner.guards import check_written
 from slicefine.tuner.layer import SliceLinear
 from slicefine.tuner.seal import Seal
 
@@ -175,7 +176,7 @@ class SliceFineModel(BaseTuner):
         """The artifact, taken from the layers. What describes it goes into `config`, which PEFT saves next."""
         layers = _layers(model, adapter_name)
         for layer in layers.values():
-            layer.check_written()
+            check_written(layer)
         _refuse_other_values(layers, adapter_name, state_dict)
         tensors: dict[str, Tensor] = {}
         seals = {}

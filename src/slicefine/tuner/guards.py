@@ -1,0 +1,69 @@
+"""What would be silently wrong, found: parameters that something else has changed, stale gradients, ranks that differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slicefine.errors import SliceFineError
+from slicefine.tuner.base_layers import same_values
+
+if TYPE_CHECKING:
+    from slicefine.tuner.layer import SliceLinear
+
+
+def check_written(layer: SliceLinear) -> None:
+    """Raise `SliceFineError` if the weight does not follow the parameters of the installed adapter.
+
+    Steps of optimizers are written into the weight by hooks. Whatever else changes a parameter is found here, by value:
+    version counters tell nothing, fused optimizers do not raise them.
+    """
+    adapter = layer.installed
+    if adapter is None or layer.is_meta:
+        return
+    _check_ranks(layer, adapter)
+    state = layer.slicefine_state[adapter]
+    pairs = layer.pending_writes(adapter)
+    if state.step == 0:  # what has not been trained is original; not so an average of a model that has been
+        where = state.active.axis, tuple(state.active.indices)
+        pairs.append((layer.trained_values(adapter, *where), layer.original_values(adapter, *where)))
+    for weight, parameter in pairs:
+        if not same_values(weight, parameter.to(weight.dtype)):
+            raise SliceFineError(
+                f"{layer.name}: the parameter of its slice (adapter {adapter!r}) was changed by something other than a step of a "
+                "torch.optim.Optimizer, and the weight did not follow. Let your optimizer derive from torch.optim.Optimizer; do not assign to, "
+                "average (EMA, SWA) or perturb (SAM) `slicefine_weight`: merge first, or work on the base weights."
+            )
+    layer.has_followed(adapter)
+
+
+def check_shown(layer: SliceLinear, shown: str | None, *_: Any) -> None:
+    """Raise if a backward pass meets other values than its forward pass, made with adapter `shown`: `dx` would be wrong."""
+    if layer.installed != shown:
+        then, now = (f"adapter {a!r}" if a else "no adapter" for a in (shown, layer.installed))
+        raise SliceFineError(
+            f"{layer.name}: a backward pass needs the values of its forward pass; that was made with {then}, the weight now holds "
+            f"the values of {now}. Call backward() before adapters are switched, enabled or disabled, or run the forward pass that needs no "
+            "gradient under torch.no_grad()."
+        )
+
+
+def start_of(layer: SliceLinear, adapter: str) -> int:
+    """Which layer this is, its settings, and how far it is, in one number.
+
+    The layer keeps it in a buffer, which DistributedDataParallel overwrites with that of rank 0.
+    """
+    state = layer.slicefine_state[adapter]
+    return state.schedule.digest(layer.name) + state.step
+
+
+def _check_ranks(layer: SliceLinear, adapter: str) -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if int(layer.slicefine_declared[adapter]) != start_of(layer, adapter):
+        state = layer.slicefine_state[adapter]
+        raise SliceFineError(
+            f"{layer.name}: all ranks of a distributed run start with the same SliceFineConfig and the same step; this rank has "
+            f"{state.schedule} at step {state.step}, rank 0 something else. Build or load the adapter in the same way on every rank."
+        )

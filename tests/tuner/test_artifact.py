@@ -1,5 +1,6 @@
 """Save and load: the same bits come back, or nothing is changed at all."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -227,7 +228,7 @@ def alter(folder, change):
         prefix = f"base_model.model.{name}."
         parts = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
         sealed = parts.pop("slicefine_seal", None)
-        if sealed is not None and sealed.dtype == torch.uint8:
+        with contextlib.suppress(SliceFineError, AttributeError):
             seal = Seal.from_tensor(sealed)
             seal = dataclasses.replace(seal, values=digest_of_values(schedule, seal.step, seal.dtype, parts))
             tensors[prefix + "slicefine_seal"] = seal.tensor()
@@ -249,6 +250,14 @@ KEY = "base_model.model.lin0.slicefine_"
         (lambda t: t.pop(KEY + "column"), ["slicefine_column", "got nothing"]),
         (lambda t: t.update({KEY + "extra": torch.zeros(1)}), ["slicefine_extra", "not part of this adapter"]),
         (lambda t: t.update({KEY + "row": t[KEY + "row"].long()}), ["floating-point", "int64"]),
+        (lambda t: t.update({KEY + "seal": t[KEY + "seal"].long()}), ["lin0: a seal is uint8", "int64"]),
+        (lambda t: t.update({KEY + "seal": t[KEY + "seal"][:-1]}), ["lin0: a seal is uint8", r"shape \(127,\)"]),
+        (lambda t: t[KEY + "seal"].fill_(0), ["lin0: a seal reads `step:dtype:exact:rounded:values`"]),
+        (lambda t: t[KEY + "seal"][:1].fill_(ord("-")), ["lin0: a seal reads", "got '-:float32"]),
+        (
+            lambda t: t.update({KEY.replace("lin0", "../../lin0") + "row": torch.zeros(1)}),
+            ["../../lin0: the configuration has nothing for it"],
+        ),
         (lambda t: t[KEY + "row"].fill_(float("nan")), ["slicefine_row", "NaN"]),
         (
             lambda t: t.update({KEY.replace("lin0", "lin9") + "row": torch.zeros(1)}),
@@ -354,6 +363,36 @@ def test_a_saved_configuration_starts_afresh_on_its_own_base(tmp_path):
     assert touched_slices(model)["lin0"] == []
     assert torch.equal(outputs(model), outputs(mlp()))
     fit(model, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seals": {"lin0": "-3:float32:0:0:0"}}, ["lin0: a seal reads", "'-3:float32"]),
+        ({"step": -1}, ["`step` counts optimizer steps", "-1"]),
+        ({"r": 0}, ["`r`", "at least 1"]),
+        ({"r": 3}, ["lin0: what the file holds is not what was saved, or it was trained with another `r`"]),
+        ({"axis": "row"}, ["lin1: what the file holds", "`axis`"]),
+        ({"seals": {}}, ["lin0: the configuration has nothing for it", "lin1: the configuration has nothing for it"]),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_does_not_fit_the_file(tmp_path, change, words):
+    base, _, _ = saved(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused(base, tmp_path, *words)
+
+
+def test_a_tensor_that_a_file_holds_twice(tmp_path):
+    base, _, _ = saved(tmp_path)
+    file = tmp_path / WEIGHTS
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(dict(json.loads(data[8 : 8 + length])))
+    twice = header[:-1] + ", " + header[1:]
+    file.write_bytes(len(twice).to_bytes(8, "little") + twice.encode() + data[8 + length :])
+    refused(base, tmp_path, "not a complete safetensors file")
 
 
 def test_a_state_dict_of_other_values_is_not_saved(tmp_path):

@@ -1,0 +1,318 @@
+"""Held-out loss of a small language model tuned to another kind of text: SliceFine, LoRA, full fine-tuning.
+
+Run `python benchmarks/language_model.py` on a quiet machine; takes about twenty minutes on 4 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import hashlib
+import importlib.util
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import Figure, Table, cores, cpu_model, parser, positive, provenance, say, write
+from peft import LoraConfig, get_peft_model
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+
+from slicefine import SliceFineConfig, SliceFineWarning
+from slicefine.slicing import active_size
+from slicefine.tuner.layer import SliceLinear
+
+INTRO = """\
+A Llama (hidden {hidden}, intermediate {intermediate}, {layers} layers, {heads} heads, vocabulary {vocab}) is trained from scratch on \
+docstrings of {packages} for {pretrain_steps} steps, then tuned for {steps} steps to their source code without docstrings \
+and comments: batch {batch} x {tokens} tokens, AdamW, weight decay 0, cosine schedule with 6 % warm-up, gradients clipped to 1, \
+fp32, CPU. Every method takes its learning rate from the same grid ({grid}): the one with the lowest loss on the validation text with \
+the first seed. The seed decides the order of the text and LoRA's initial values. Losses are of test files that no step and no choice \
+has seen, in nats a token; mean, least and greatest over {seeds} seeds. SliceFine moves every {slide_every} steps ({moves} moves), `alternate`, all linear \
+layers but the head; r = {equal_r} has as many trainable parameters at a step as LoRA r8, on average over row and column slices."""
+
+PACKAGES = ("scipy", "sklearn", "pandas")
+LORA_R = 8
+EQUAL_R = 2 * LORA_R
+"""LoRA trains r (d_in + d_out) entries, a row slice r d_in, a column slice r d_out."""
+NONE, FULL, LORA = "none", "full", "LoRA r8"
+PAPER, EQUAL = "SliceFine-5RC", f"SliceFine-{EQUAL_R}RC, LoRA's count"
+
+
+def files_of(package: str) -> list[Path]:
+    """Source files of an installed package, tests apart, in a fixed, mixed order."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"The texts are those of installed packages; {package} is missing: pip install -e '.[dev]'")
+    root = Path(spec.origin).parent
+    found = [path for path in root.rglob("*.py") if "tests" not in path.parts]
+    return sorted(found, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+
+
+def texts_of(path: Path) -> tuple[str, str]:
+    """The docstrings of a file, and its code without docstrings and comments."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return "", ""
+    docstrings = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = ast.get_docstring(node)
+            if docstring is not None:
+                docstrings.append(docstring)
+                node.body = node.body[1:] or [ast.Pass()]
+    return "\n\n".join(docstrings), ast.unparse(tree)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids: docstrings to learn from first, and code in three parts that share no file."""
+
+    docstrings: Tensor
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+
+
+def read_texts(options: argparse.Namespace) -> Texts:
+    """Read and tokenize; the byte-level BPE is trained on the training parts of both kinds of text."""
+    parts: dict[str, list[str]] = {"docstrings": [], "train": [], "validation": [], "test": []}
+    for package in PACKAGES:
+        for number, path in enumerate(files_of(package)):
+            docstrings, code = texts_of(path)
+            parts["docstrings"].append(docstrings)
+            parts[("validation", "test")[number % 10] if number % 10 < 2 else "train"].append(code)
+    tokenizer = ByteLevelBPETokenizer()
+    joined = {name: "\n\n".join(texts) for name, texts in parts.items()}
+    tokenizer.train_from_iterator(
+        [joined["docstrings"], joined["train"]], vocab_size=options.vocab, show_progress=False
+    )
+    return Texts(**{name: torch.tensor(tokenizer.encode(text).ids) for name, text in joined.items()})
+
+
+def new_model(options: argparse.Namespace) -> LlamaForCausalLM:
+    """A model with random weights."""
+    torch.manual_seed(options.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=options.hidden,
+            intermediate_size=options.intermediate,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.heads,
+            num_key_value_heads=options.heads,
+            vocab_size=options.vocab,
+            max_position_embeddings=options.tokens,
+            use_cache=False,
+        )
+    )
+
+
+def train(model: Any, text: Tensor, options: argparse.Namespace, *, steps: int, lr: float, seed: int) -> None:
+    """`steps` optimizer steps on windows drawn from `text`, int64 `(length,)`."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = AdamW(trained, lr=lr, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(0.06 * steps), steps)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(steps):
+        starts = torch.randint(len(text) - options.tokens, (options.batch,), generator=generator)
+        batch = text[starts[:, None] + torch.arange(options.tokens)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def loss_on(model: Any, text: Tensor, options: argparse.Namespace) -> float:
+    """Mean loss over `options.windows` windows spread evenly over `text`, nats a token."""
+    model.eval()
+    starts = torch.linspace(0, len(text) - options.tokens - 1, options.windows).long()
+    windows = text[starts[:, None] + torch.arange(options.tokens)]
+    return statistics.fmean(float(model(input_ids=w, labels=w).loss) for w in windows.split(32))
+
+
+def sliced(r: int, options: argparse.Namespace) -> Callable[[Any], Any]:
+    """Attach SliceFine with rank `r`, alternating."""
+    config = SliceFineConfig(r=r, axis="alternate", slide_every=options.slide_every, task_type="CAUSAL_LM")
+    return lambda model: get_peft_model(model, config)
+
+
+def methods(options: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
+    """What is compared, by name: a function that makes a pretrained model trainable."""
+    lora = LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules="all-linear", task_type="CAUSAL_LM")
+    return {
+        PAPER: sliced(5, options),
+        EQUAL: sliced(EQUAL_R, options),
+        LORA: lambda model: get_peft_model(model, lora),
+        FULL: lambda model: model,
+    }
+
+
+def trainable_entries(model: Any, options: argparse.Namespace) -> int:
+    """Entries that a step trains; for slices the mean of a step on rows and one on columns."""
+    if not any(isinstance(module, SliceLinear) for module in model.modules()):
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    schedule = model.peft_config["default"].schedule
+    shapes = [module.shape for module in model.modules() if isinstance(module, SliceLinear)]
+    sizes = [active_size(schedule, shape, step) for shape in shapes for step in (0, options.slide_every)]
+    return sum(sizes) // 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One tuned model."""
+
+    method: str
+    lr: float
+    seed: int
+    trainable: int
+    validation: float
+    test: float
+
+
+def tune(options: argparse.Namespace, folder: Path, job: tuple[str, float, int]) -> Run:
+    """Tune a copy of the pretrained model; in a process of its own, on one thread."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", SliceFineWarning)  # narrow weights of very small models
+    method, lr, seed = job
+    texts: Texts = torch.load(folder / "texts.pt", weights_only=False)
+    model = new_model(options)
+    model.load_state_dict(torch.load(folder / "model.pt"))
+    torch.manual_seed(seed)
+    model = methods(options)[method](model)
+    trainable = trainable_entries(model, options)
+    train(model, texts.train, options, steps=options.steps, lr=lr, seed=seed)
+    return Run(
+        method, lr, seed, trainable, loss_on(model, texts.validation, options), loss_on(model, texts.test, options)
+    )
+
+
+def run_all(options: argparse.Namespace, folder: Path) -> tuple[list[Run], list[Run], dict[str, float]]:
+    """The runs over the grid with the first seed, those at the learning rates chosen with every seed, and the losses before."""
+    texts = read_texts(options)
+    say(f"{len(texts.docstrings):,} tokens of docstrings, {len(texts.train):,} of code")
+    model = new_model(options)
+    train(model, texts.docstrings, options, steps=options.pretrain_steps, lr=3e-3, seed=options.seed)
+    before = {"validation": loss_on(model, texts.validation, options), "test": loss_on(model, texts.test, options)}
+    say(f"pretrained; loss on code {before['test']:.3f}")
+    torch.save(texts, folder / "texts.pt")
+    torch.save(model.state_dict(), folder / "model.pt")
+
+    first, *others = range(options.seed, options.seed + options.seeds)
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        work = functools.partial(tune, options, folder)
+
+        def finish(jobs: list[tuple[str, float, int]]) -> list[Run]:
+            done = []
+            for run in pool.map(work, jobs):
+                done.append(run)
+                say(f"{len(done)} of {len(jobs)}: {run.method}, lr {run.lr:g}, seed {run.seed}: {run.test:.4f}")
+            return done
+
+        grid = finish([(method, lr, first) for method in methods(options) for lr in options.lr])
+        best = {
+            method: min((run for run in grid if run.method == method), key=lambda run: run.validation)
+            for method in methods(options)
+        }
+        chosen = list(best.values()) + finish([(m, run.lr, seed) for m, run in best.items() for seed in others])
+    return grid, chosen, before
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    made = parser(__doc__.splitlines()[0])
+    made.add_argument("--processes", type=positive, default=cores(), help="runs at the same time, each on one thread")
+    made.add_argument("--seeds", type=positive, default=3, help="seeds of each method at its learning rate")
+    made.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2], help="learning rates")
+    made.add_argument("--pretrain-steps", type=positive, default=3000, help="optimizer steps on docstrings")
+    made.add_argument("--steps", type=positive, default=800, help="optimizer steps on code")
+    made.add_argument("--slide-every", type=positive, default=100, help="optimizer steps per position")
+    made.add_argument("--batch", type=positive, default=8, help="sequences")
+    made.add_argument("--tokens", type=positive, default=128, help="tokens a sequence")
+    made.add_argument("--windows", type=positive, default=256, help="sequences that a loss is measured on")
+    made.add_argument("--layers", type=positive, default=4, help="decoder layers")
+    made.add_argument("--hidden", type=positive, default=128, help="width of the model")
+    made.add_argument("--intermediate", type=positive, default=344, help="width of the MLP")
+    made.add_argument("--heads", type=positive, default=4, help="attention heads")
+    made.add_argument("--vocab", type=positive, default=2048, help="tokens in the vocabulary")
+    options = made.parse_args(arguments)
+    torch.set_num_threads(options.processes)
+    made_by = provenance(
+        ["benchmarks/language_model.py", *(sys.argv[1:] if arguments is None else arguments)],
+        threads=options.processes,
+        seed=options.seed,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        grid, chosen, before = run_all(options, Path(folder))
+
+    rows = [{"method": NONE, "trainable": 0, "test loss": before["test"]}]
+    losses = {}
+    for method in methods(options):
+        runs = [run for run in chosen if run.method == method]
+        losses[method] = [run.test for run in runs]
+        rows.append(
+            {
+                "method": method,
+                "trainable": runs[0].trainable,
+                "learning rate": runs[0].lr,
+                "test loss": statistics.fmean(losses[method]),
+                "min": min(losses[method]),
+                "max": max(losses[method]),
+                "perplexity": math.exp(statistics.fmean(losses[method])),
+            }
+        )
+    write(
+        options.output,
+        theme="language-model",
+        hardware=cpu_model(),
+        intro=INTRO.format(
+            **vars(options) | {"grid": ", ".join(f"{lr:g}" for lr in options.lr)},
+            packages=", ".join(PACKAGES),
+            moves=(options.steps - 1) // options.slide_every,
+            equal_r=EQUAL_R,
+        ),
+        figures=[
+            Figure(
+                name=f"test loss, {EQUAL} / {LORA}",
+                value=statistics.fmean(losses[EQUAL]) / statistics.fmean(losses[LORA]),
+                low=min(losses[EQUAL]) / statistics.fmean(losses[LORA]),
+                high=max(losses[EQUAL]) / statistics.fmean(losses[LORA]),
+                at_most=max(losses[LORA]) / statistics.fmean(losses[LORA]),
+            ),
+        ],
+        tables=[
+            Table(title="Held-out loss after tuning", rows=_alike(rows)),
+            Table(
+                title="The grid, first seed: validation loss",
+                rows=[
+                    {"method": method} | {f"lr {run.lr:g}": run.validation for run in grid if run.method == method}
+                    for method in methods(options)
+                ],
+            ),
+            Table(title="Every run at its learning rate", rows=[vars(run) for run in chosen]),
+        ],
+        made_by=made_by,
+    )
+
+
+def _alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return [{key: row.get(key) for key in keys} for row in rows]
+
+
+if __name__ == "__main__":
+    main()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 SHOWN = 20
 """Problems that one message lists."""
+NAMED = 3
+"""Names that one problem lists."""
 
 
 class SliceFineError(ValueError):
@@ -24,6 +26,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'row'?"`` for the nearest of `known`, or an empty string when nothing is near."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def by_text(problems: Mapping[str, str]) -> list[str]:
+    """Problems by the name of what has them -> one problem per text, with the names that share it."""
+    names: dict[str, list[str]] = {}
+    for name, problem in sorted(problems.items()):
+        names.setdefault(problem, []).append(name)
+    return [
+        f"{', '.join(shared[:NAMED])}{f' and {len(shared) - NAMED} more' if len(shared) > NAMED else ''}: {problem}"
+        for problem, shared in names.items()
+    ]
 
 
 def raise_all(problems: list[str], where: str) -> None:

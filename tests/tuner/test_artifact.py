@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -218,19 +219,43 @@ def test_a_missing_file_and_a_pickle_beside_it(tmp_path):
     refused(base, tmp_path, "there is none", "a pickle, which is never opened")
 
 
+def cached(cache, folder):
+    """`folder` as the hub's cache would hold the repository `somebody/adapter`."""
+    repository = cache / "models--somebody--adapter"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    return repository / "snapshots" / ("0" * 40)
+
+
+def test_an_adapter_of_the_hub_is_checked_as_well(tmp_path):
+    saved(tmp_path / "adapter")
+    snapshot = cached(tmp_path / "cache", tmp_path / "adapter")
+
+    def load():
+        return SliceFineConfig.from_pretrained("somebody/adapter", cache_dir=tmp_path / "cache", local_files_only=True)
+
+    assert load().step == 7
+    flip_a_bit(snapshot)
+    with pytest.raises(SliceFineError, match=r"lin0: what the file holds is not what was saved"):
+        load()
+    (snapshot / WEIGHTS).rename(snapshot / "adapter_model.bin")
+    with pytest.raises(SliceFineError, match=r"somebody/adapter has none. A pickle is never opened"):
+        load()
+
+
 def alter(folder, change):
     """Rewrite the file, its seals and the configuration, as somebody would who means it."""
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
     config = json.loads((folder / "adapter_config.json").read_text())
-    schedule = SliceFineConfig.from_pretrained(str(folder)).schedule
     for name in ("lin0", "lin1"):
         prefix = f"base_model.model.{name}."
         parts = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
         sealed = parts.pop("slicefine_seal", None)
         with contextlib.suppress(SliceFineError, AttributeError):
             seal = Seal.from_tensor(sealed)
-            seal = dataclasses.replace(seal, values=digest_of_values(schedule, seal.step, seal.dtype, parts))
+            seal = dataclasses.replace(seal, values=digest_of_values(seal.step, seal.settings, seal.dtype, parts))
             tensors[prefix + "slicefine_seal"] = seal.tensor()
             config["seals"][name] = str(seal)
     save_file(tensors, folder / WEIGHTS)
@@ -250,10 +275,20 @@ KEY = "base_model.model.lin0.slicefine_"
         (lambda t: t.pop(KEY + "column"), ["slicefine_column", "got nothing"]),
         (lambda t: t.update({KEY + "extra": torch.zeros(1)}), ["slicefine_extra", "not part of this adapter"]),
         (lambda t: t.update({KEY + "row": t[KEY + "row"].long()}), ["floating-point", "int64"]),
-        (lambda t: t.update({KEY + "seal": t[KEY + "seal"].long()}), ["lin0: a seal is uint8", "int64"]),
-        (lambda t: t.update({KEY + "seal": t[KEY + "seal"][:-1]}), ["lin0: a seal is uint8", r"shape \(127,\)"]),
-        (lambda t: t[KEY + "seal"].fill_(0), ["lin0: a seal reads `step:dtype:exact:rounded:values`"]),
-        (lambda t: t[KEY + "seal"][:1].fill_(ord("-")), ["lin0: a seal reads", "got '-:float32"]),
+        (
+            lambda t: t.update({KEY + "seal": t[KEY + "seal"].long()}),
+            ["lin0: the line that says what was saved is uint8", "int64"],
+        ),
+        (
+            lambda t: t.update({KEY + "seal": t[KEY + "seal"][:-1]}),
+            ["lin0: the line that says what was saved is uint8", r"shape \(191,\)"],
+        ),
+        (lambda t: t[KEY + "seal"].fill_(0), ["lin0: the line that says what was saved", "cannot be read"]),
+        (
+            lambda t: t[KEY + "seal"][:1].fill_(ord("2")),
+            ["lin0: it was saved by a newer slicefine, in format 2", "Upgrade"],
+        ),
+        (lambda t: t[KEY + "seal"][:1].fill_(ord("-")), ["lin0: the line that says", "got '-:7:r=4 axis=alternate"]),
         (
             lambda t: t.update({KEY.replace("lin0", "../../lin0") + "row": torch.zeros(1)}),
             ["../../lin0: the configuration has nothing for it"],
@@ -293,9 +328,12 @@ def flip_a_bit(folder):
         (lambda f: (saved(f), alter(f, lambda t: t.pop(KEY + "row"))), ["lin0", "slicefine_row", "got nothing"]),
         (lambda f: (saved(f), alter(f, lambda t: t.pop(KEY + "seal"))), ["lin0", "slicefine_seal", "Save the adapter"]),
         (lambda f: (saved(f), flip_a_bit(f)), ["lin0", "what the file holds is not what was saved"]),
-        (lambda f: saved(f, seed=5), ["lin0", "lin1", "another `r`, `axis`, `slide_every`, `order` or `seed`"]),
-        (lambda f: saved(f, slide_every=4), ["lin0", "lin1", r"got float32 of shape \(4, 10\)"]),
-        (lambda f: saved(f, r=3), ["lin0", "slicefine_"]),
+        (lambda f: saved(f, order="random", seed=5), ["lin0, lin1: it was trained with .* order=random seed=5, and"]),
+        (
+            lambda f: saved(f, slide_every=4),
+            ["lin0, lin1: it was trained with .*slide_every=4", "loaded with .*slide_every=3"],
+        ),
+        (lambda f: saved(f, r=3), ["trained with r=3", "loaded with r=4"]),
         (lambda f: saved(f, bias="slicefine_only"), ["slicefine_bias", "not part of this adapter"]),
         (another_base, ["lin1: the adapter was trained on a base with other values"]),
     ],
@@ -368,12 +406,12 @@ def test_a_saved_configuration_starts_afresh_on_its_own_base(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"seals": {"lin0": "-3:float32:0:0:0"}}, ["lin0: a seal reads", "'-3:float32"]),
+        ({"seals": {"lin0": "-3:float32:0:0:0"}}, ["lin0: the line that says", "'-3:float32"]),
         ({"step": -1}, ["`step` counts optimizer steps", "-1"]),
         ({"r": 0}, ["`r`", "at least 1"]),
-        ({"r": 3}, ["lin0: what the file holds is not what was saved, or it was trained with another `r`"]),
-        ({"axis": "row"}, ["lin1: what the file holds", "`axis`"]),
-        ({"seals": {}}, ["lin0: the configuration has nothing for it", "lin1: the configuration has nothing for it"]),
+        ({"r": 3}, ["lin0, lin1: it was trained with r=4 axis=alternate", "to be loaded with r=3 axis=alternate"]),
+        ({"axis": "row"}, ["lin0, lin1: it was trained with", "to be loaded with r=4 axis=row"]),
+        ({"seals": {}}, ["lin0, lin1: the configuration has nothing for it"]),
     ],
     ids=str,
 )

@@ -283,6 +283,7 @@ def test_tied_targets_are_refused(arch):
         ({"target_modules": ["0.mlp.up_proj"]}, {"0.mlp.up_proj"}),
         ({"target_modules": r".*\.1\.mlp\.(up|down)_proj"}, {"1.mlp.up_proj", "1.mlp.down_proj"}),
         ({"target_modules": ["up_proj"], "layers_to_transform": 1}, {"1.mlp.up_proj"}),
+        ({"layers_to_transform": 1, "exclude_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, {"1.mlp.gate_proj", "1.mlp.up_proj", "1.mlp.down_proj"}),
         ({"target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}, {"0.mlp.up_proj"}),
         ({"target_modules": ["up_proj", "q_proj"], "exclude_modules": ["q_proj"]}, {"0.mlp.up_proj", "1.mlp.up_proj"}),
         ({"target_modules": "all-linear", "exclude_modules": r".*(self_attn|layers\.0).*"}, {f"1.mlp.{n}_proj" for n in ("up", "gate", "down")}),
@@ -435,6 +436,13 @@ def test_the_model_card_of_a_custom_model(arch, tmp_path):
     assert "My own words." in text
     card = yaml.safe_load(text.split("---")[1])
     assert card == {"license": "mit", "library_name": "peft"}
+
+
+def test_the_model_card_says_how_to_load(tmp_path):
+    model = get_peft_model(llama(), SliceFineConfig(r=2))
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text().count("import slicefine") == 1
 
 
 @only("mlp")

@@ -58,8 +58,59 @@ def test_a_state_dict_brings_everything_back(steps, disabled):
 def test_a_state_dict_without_positions_is_reported():
     _, model = adapted_mlp()
     state = {name: value for name, value in model.state_dict().items() if "slicefine_index" not in name}
-    with pytest.raises(RuntimeError, match=r"Missing key.*slicefine_index.default.step"):
+    with pytest.raises(RuntimeError, match=r"lin0: .*values for the weight alone.*disable_adapter"):
         model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_positions_without_the_weights_are_refused(strict):
+    """At a move the new slice is original, so nothing else could tell that what was trained before is lost."""
+    _, model = adapted_mlp(axis="row", slide_every=3)
+    fit(model, 3)
+    state = {name: value for name, value in model.state_dict().items() if "slicefine" in name}
+    _, other = adapted_mlp(axis="row", slide_every=3)
+    with pytest.raises(
+        RuntimeError, match=r"lin0: .*position of adapter 'default' after 3 steps, and no values for the weight"
+    ):
+        other.load_state_dict(state, strict=strict)
+    assert {layer.slicefine_state["default"].step for layer in layers(other)} == {0}
+
+
+def test_weights_that_hold_another_adapter_are_refused():
+    _, model = adapted_mlp()
+    model.add_adapter("other", SliceFineConfig(r=2, target_modules=["lin0", "lin1"]))
+    model.set_adapter("other")
+    fit(model, 2)
+    base, plain = adapted_mlp()
+    with pytest.raises(RuntimeError, match=r"lin0: .*adapter 'other', which this model does not have"):
+        plain.load_state_dict(model.state_dict(), strict=False)
+    assert not differences(plain.unload(), base)
+
+
+def test_a_state_dict_of_another_dtype_that_is_assigned(tmp_path):
+    base, model = adapted_mlp(dtype=torch.bfloat16, slide_every=2)
+    fit(model, 3)
+    _, wide = adapted_mlp(slide_every=2)
+    wide.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(outputs(wide), outputs(model))
+    wide.save_pretrained(tmp_path)
+    assert torch.equal(outputs(PeftModel.from_pretrained(base, tmp_path)), outputs(model))
+
+
+def test_loading_in_inference_mode(tmp_path):
+    base, model = adapted_mlp()
+    fit(model, 4)
+    model.save_pretrained(tmp_path)
+    trained = outputs(model)
+    with torch.inference_mode():
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        assert torch.equal(loaded(batch()), trained)
+        inside = PeftModel.from_pretrained(mlp(), tmp_path).eval()
+        assert torch.equal(inside(batch()), trained)
+        with inside.disable_adapter():
+            assert torch.equal(inside(batch()), outputs(base))
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    fit(model, 4)
 
 
 def test_the_best_weights_kept_in_memory():

@@ -214,7 +214,8 @@ def test_ranks_that_begin_with_something_different_stop(stopped, name):
         assert "params" in stopped[name]
     else:
         assert SliceFineError.__name__ in stopped[name]
-        assert DISAGREE in stopped[name]
+        # What was trained before shows in the weights, which rank 0 has overwritten.
+        assert (DISAGREE if name != "trained before" else "differ") in stopped[name]
 
 
 # ---------------------------------------------------------------------- accelerate launch

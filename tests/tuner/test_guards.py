@@ -1,13 +1,14 @@
 """What would be silently wrong is found: gradients of exchanged weights, parameters changed behind our back."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import adapted_mlp, batch, fit, llama, outputs, tokens, trainable
+from tiny import adapted_mlp, batch, differences, fit, llama, outputs, tokens, trainable
 
-from slicefine import SliceFineConfig, SliceFineError
+from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning, active_slices
 from slicefine.tuner.layer import SliceLinear
 
 
@@ -102,7 +103,7 @@ def by_hand(model):
             parameter -= 0.1
 
 
-CHANGED = r"lin0: the parameter of its slice.*torch.optim.Optimizer"
+CHANGED = r"lin0: the weight and the parameter of its slice.*differ.*torch.optim.Optimizer"
 
 
 @pytest.mark.parametrize(
@@ -127,6 +128,128 @@ def test_a_parameter_changed_by_hand(event, tmp_path):
     with pytest.raises(SliceFineError, match=CHANGED):
         event(model, tmp_path / "out")
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+EVERYWHERE = {
+    "disable": lambda model: model.base_model.disable_adapter_layers(),
+    "switch": lambda model: model.set_adapter("other"),
+    "merge": lambda model: model.merge_adapter(),
+    "merge and unload": lambda model: model.merge_and_unload(),
+    "eval": lambda model: model.eval(),
+}
+
+
+@pytest.mark.parametrize("event", EVERYWHERE)
+def test_what_is_found_in_the_last_layer_leaves_the_first_as_it_was(event):
+    _, model = adapted_mlp()
+    model.add_adapter("other", SliceFineConfig(r=2, target_modules=["lin0", "lin1"]))
+    fit(model, 2)
+    model.train()
+    with torch.no_grad():
+        layers(model)[1].slicefine_weight["default"] += 1
+
+    def state():
+        return [
+            (m.installed, m.disable_adapters, m.merged_adapters, m.active_adapter, m.training) for m in layers(model)
+        ]
+
+    before = state()
+    with pytest.raises(SliceFineError, match=CHANGED.replace("lin0", "lin1")):
+        EVERYWHERE[event](model)
+    assert state() == before
+    assert model.active_adapters == ["default"]
+
+
+def test_an_average_that_is_swapped_in_for_evaluation_is_found():
+    """As EMA implementations do: copy to the parameters, evaluate, restore."""
+    _, model = adapted_mlp()
+    fit(model, 2)
+    model.eval()
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.copy_(parameter * 0.9)
+        with pytest.raises(SliceFineError, match=CHANGED):
+            model(batch())
+
+
+def test_a_frozen_adapter_does_not_move():
+    """A head that is warmed up first, with an optimizer that holds everything."""
+    _, model = adapted_mlp(slide_every=2)
+    for layer in layers(model):
+        layer.requires_grad_(False)
+    model.base_model.model.head.requires_grad_(True)
+    before = copy.deepcopy(active_slices(model))
+    fit(model, 4, optimizer=torch.optim.SGD(model.parameters(), lr=1e-2))
+    assert active_slices(model) == before
+
+
+def test_a_warning_that_is_an_error_comes_before_the_step():
+    _, model = adapted_mlp()
+    before = copy.deepcopy(model)
+    with pytest.raises(SliceFineWarning, match="weight_decay"):
+        fit(model, 1, optimizer=torch.optim.AdamW(trainable(model), weight_decay=0.1))
+    assert not differences(model, before)
+
+
+def test_an_exchange_that_is_interrupted(monkeypatch):
+    from slicefine.tuner.originals import Originals
+
+    _, model = adapted_mlp()
+    model.add_adapter("other", SliceFineConfig(r=2, target_modules=["lin0", "lin1"], slide_every=2))
+    fit(model, 4)
+    before = outputs(model)
+    exchange, calls = Originals.exchange, []
+
+    def interrupted(self, weight):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        exchange(self, weight)
+
+    monkeypatch.setattr(Originals, "exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.set_adapter("other")
+    model.set_adapter("default")
+    assert torch.equal(outputs(model), before)
+
+
+def test_an_inner_optimizer_is_forgotten_when_the_outer_one_raises():
+    from slicefine.tuner import sliding
+
+    class Outer(torch.optim.SGD):
+        def step(self):
+            inner.step()
+            raise RuntimeError("no")
+
+    _, model = adapted_mlp()
+    parameters = trainable(model)
+    inner, outer = (
+        kind([parameter], lr=0.1) for kind, parameter in zip((torch.optim.SGD, Outer), parameters, strict=True)
+    )
+    model(batch()).sum().backward()
+    with pytest.raises(RuntimeError, match="no"):
+        outer.step()
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    other.step()
+    assert sliding._threads.inner == []
+    assert {layer.slicefine_state["default"].step for layer in layers(model)} == {0}
+
+
+def test_models_made_in_another_thread_while_this_one_trains():
+    _, model = adapted_mlp()
+    stop = threading.Event()
+
+    def build():
+        while not stop.is_set():
+            adapted_mlp()
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    try:
+        fit(model, 200)
+    finally:
+        stop.set()
+        thread.join()
 
 
 # dynamo makes an instance of every autograd function that it traces, and torch warns of that

@@ -3,11 +3,12 @@
 import copy
 import os
 import re
+import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from tiny import adapted_mlp, bert, differences, fit, mlp
+from tiny import adapted_mlp, bert, differences, fit, llama, mlp
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -189,6 +190,29 @@ def test_an_engine_that_comes_after_attaching(monkeypatch):
     monkeypatch.setitem(os.environ, "ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(SliceFineError, match=r"DEEPSPEED.*not supported yet"):
         fit(model, 1)
+
+
+def test_a_model_that_has_the_adapter_already():
+    """PEFT would wrap it once more, and start again."""
+    _, model = adapted_mlp()
+    fit(model, 4)
+    before = copy.deepcopy(model)
+    for again in (model, model.base_model.model):
+        with (
+            warnings.catch_warnings(action="ignore"),  # PEFT warns of adapters that are there
+            pytest.raises(SliceFineError, match=r"has a slicefine adapter 'default' already.*add_adapter.*unload"),
+        ):
+            get_peft_model(again, SliceFineConfig())
+    assert not differences(model, before)
+    fit(model, 1)
+
+
+def test_equal_problems_of_many_layers_are_said_once():
+    with pytest.raises(SliceFineError) as error:
+        get_peft_model(llama(), SliceFineConfig(target_modules=["up_proj", "q_proj", "k_proj"], r=17))
+    found = str(error.value)
+    assert "3 problems" in found
+    assert "model.layers.0.self_attn.k_proj, model.layers.1.self_attn.k_proj: r=17 is more than the 8 rows" in found
 
 
 def test_all_problems_at_once():

@@ -1,5 +1,7 @@
 """transformers' own adapter loader, which knows nothing of tuners: it assigns the tensors of a file by their names."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -142,6 +144,16 @@ def test_a_bad_file_is_refused_and_the_model_left_alone(saved, how):
         assert not hasattr(model, "peft_config")
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
     model.load_adapter(str(adapter.with_name("good")), "good")
+
+
+def test_an_edited_configuration_is_named_as_such(saved):
+    base, adapter, _ = saved
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 2}))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(SliceFineError, match=r"and 11 more: it was trained with r=3 .* to be loaded with r=2 "):
+        model.load_adapter(str(adapter))
+    assert not hasattr(model, "peft_config")
 
 
 def test_a_new_adapter_on_a_plain_transformers_model(saved):

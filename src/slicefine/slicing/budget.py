@@ -8,7 +8,7 @@ from slicefine.slicing.geometry import Region, Shape
 from slicefine.slicing.schedule import Schedule
 
 MASTER_BYTES = 4
-SEAL_BYTES = 128
+SEAL_BYTES = 192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,18 +59,18 @@ class Schedule:
             found.append(
                 f"`order` is one of {', '.join(ORDERS)}; got {self.order!r}.{did_you_mean(self.order, ORDERS)}"
             )
-        if not _is_int(self.seed):
-            found.append(f"`seed` is a whole number; got {self.seed!r}.")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            found.append(f"`seed` is a whole number from 0 to 2**63 - 1; got {self.seed!r}.")
         return found
 
     def moves(self, step: int) -> int:
         """Number of moves made in the first `step` optimizer steps."""
         return 0 if self.slide_every is None else step // self.slide_every
 
-    def digest(self, name: str = "") -> int:
-        """A number of 62 bits that tells settings, and layers by `name`, apart. The same in every process."""
-        settings = f"{self.r}/{self.axis}/{self.slide_every}/{self.order}/{self.seed}/{name}"
-        return int.from_bytes(hashlib.sha256(settings.encode()).digest()[:8]) >> 2
+    def __str__(self) -> str:
+        """What decides positions, as files and messages give it: the seed only where there is a choice for it to make."""
+        seed = f" seed={self.seed}" if self.order == "random" else ""
+        return f"r={self.r} axis={self.axis} slide_every={self.slide_every} order={self.order}{seed}"
 
     def slice_at(self, step: int, shape: Shape) -> Slice:
         """The slice that optimizer step number `step` (counted from 0) trains in a weight of `shape`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,15 @@ class AdapterState:
     """Optimizer steps that have trained this layer's slices."""
     originals: Originals = field(default_factory=Originals)
     """The other version of the covered rows and columns."""
+    start: int = 0
+    """What all ranks of a distributed run must start with alike, in one number; see `guards.py`."""
     bias: Tensor | None = None
     """The other version of the bias, `(d_out,)`, CPU, base dtype; None if it is not trained."""
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Follow the weight to another dtype."""
+        self.originals.cast(dtype)
+        self.bias = None if self.bias is None else self.bias.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a state dict holds of this, by name; `restore` takes it back."""
@@ -48,6 +56,19 @@ class AdapterState:
 
 class MasterDict(nn.ParameterDict):
     """Parameters that stay at least fp32 when the model is cast: the optimizer's updates would drown in bf16."""
+
+    # nn.ParameterDict's own go through nn.Module's attributes; the optimizer hook asks for every layer at every step.
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self._parameters[name]  # pyright: ignore[reportReturnType] -- none of them is None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parameters
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._parameters.get(name, default)
+
+    def items(self) -> Any:
+        return self._parameters.items()
 
     def place(self, name: str, values: Tensor) -> None:
         """Add a parameter, on the device of `values` also where new parameters are being diverted to the meta device.

@@ -7,11 +7,11 @@ has come is taken in when one of the layers is first used: by all of them, or, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from slicefine.errors import SliceFineError
@@ -21,6 +21,7 @@ from slicefine.tuner.seal import Seal
 
 if TYPE_CHECKING:
     from slicefine.tuner.layer import SliceLinear
+    from slicefine.tuner.model import SliceFineModel
 
 ROOM = tuple(f"{artifact.PREFIX}{name}" for name in (*SLICE_AXES, "seal"))
 """The parts of a saved layer that are no parameters."""
@@ -29,11 +30,14 @@ ROOM = tuple(f"{artifact.PREFIX}{name}" for name in (*SLICE_AXES, "seal"))
 class Arrival:
     """The layers that wait for the values of one adapter."""
 
-    def __init__(self, adapter: str, undo: Callable[[str], None]) -> None:
-        """`undo(adapter)` undoes attaching the adapter."""
+    def __init__(self, tuner: SliceFineModel, adapter: str) -> None:
+        """Call it before `tuner` attaches the adapter: it remembers how the model was."""
         self.adapter = adapter
-        self._undo = undo
+        self._tuner = tuner
         self._layers: dict[str, SliceLinear] = {}
+        modules = tuner.model.modules()
+        self._active_before = next((m.active_adapters for m in modules if isinstance(m, BaseTunerLayer)), [])
+        self._trainable_before = {_base_name(n) for n, p in tuner.model.named_parameters() if p.requires_grad}
 
     def expect(self, name: str, layer: SliceLinear, seal: Seal) -> None:
         """Make room in a layer to which the adapter has just been added."""
@@ -44,10 +48,19 @@ class Arrival:
             _make_room(layer, part, self.adapter, torch.zeros(len(region.along(axis)), across, dtype=layer.dtype))
         _make_room(layer, artifact.SEAL, self.adapter, torch.zeros_like(seal.tensor()))
 
-    def complete(self) -> None:
-        """Take in what has come, if anything has. Raises `SliceFineError` if it is not what it must be; then the adapter is gone."""
-        came = {name for name, layer in self._layers.items() if bool(getattr(layer, artifact.SEAL)[self.adapter].any())}
+    def has_come(self, layer: SliceLinear) -> bool:
+        """Whether a loader has brought something for this layer."""
+        return bool(getattr(layer, artifact.SEAL)[self.adapter].any())
+
+    def complete(self, *, last: bool = False) -> None:
+        """Take in what has come, if anything has; if it is the `last` chance, wait no longer for what has not.
+
+        Raises `SliceFineError` if it is not what it must be; then the adapter is gone.
+        """
+        came = {name for name, layer in self._layers.items() if self.has_come(layer)}
         if not came:
+            if last:
+                self.end()
             return
         held = {f"{name}.{part}": tensor for name in came for part, tensor in self._parts(self._layers[name]).items()}
         self.end()
@@ -62,8 +75,10 @@ class Arrival:
             )
 
     def refuse(self) -> None:
-        """Undo attaching the adapter."""
-        self._undo(self.adapter)
+        """Undo attaching the adapter, down to what was active and trainable before."""
+        self._tuner.leave_nothing_behind(self.adapter, self._active_before)
+        for name, parameter in self._tuner.model.named_parameters():
+            parameter.requires_grad = _base_name(name) in self._trainable_before
 
     def end(self) -> None:
         """Wait no longer: what has not come yet is not going to."""
@@ -78,6 +93,11 @@ class Arrival:
             if self.adapter in parameters:
                 parts[artifact.PREFIX + part] = parameters[self.adapter].detach().clone()
         return parts
+
+
+def _base_name(name: str) -> str:
+    """Name of a parameter without the tuner layers around its module."""
+    return name.replace(".base_layer.", ".")
 
 
 def _make_room(layer: SliceLinear, part: str, adapter: str, room: Tensor) -> None:

@@ -6,7 +6,7 @@ Per target there are, under the target's name:
     slicefine_row       base dtype, (rows, d_in)          final values of the touched rows, by rising index
     slicefine_column    base dtype, (columns, d_out)      final values of the touched columns, by rising index
     slicefine_bias      fp32, (d_out,)                    the trained bias, if there is one
-    slicefine_seal      uint8, (128,)                     what all this must be, see `seal.py`
+    slicefine_seal      uint8, (192,)                     what all this must be, see `seal.py`
 
 Which rows and columns those are follows from the configuration and the step in the seal. `adapter_config.json` holds the seals as
 well, so that the base can be checked, and room be made, before the file is opened.
@@ -19,14 +19,17 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slicefine.errors import SliceFineError, raise_all
+from slicefine.errors import SliceFineError, by_text, raise_all
 from slicefine.slicing import SLICE_AXES, Region, Schedule, Shape
 from slicefine.tuner.seal import Seal, bytes_of
 
@@ -86,22 +89,21 @@ def head_digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     }
 
 
-def check_folder(
-    folder: str | os.PathLike[str],
-    subfolder: str | None,
-    schedule: Schedule,
-    seals: dict[str, str] | None,
-    heads: dict[str, str] | None,
-) -> None:
-    """Raise `SliceFineError` if the adapter in a local folder cannot be what was saved.
+def locate(folder: str | os.PathLike[str], subfolder: str | None, **download: Any) -> Path:
+    """The file with the values of the adapter in a local folder, or of a repository of the hub, which is downloaded.
 
-    `schedule`, `seals`, `heads`: what the configuration in the folder says. Hub names, and folders that hold a configuration
-    alone (no `seals`), are passed over.
+    Raises `SliceFineError` if there is none.
     """
     path = Path(folder, subfolder) if subfolder else Path(folder)
+    if not path.is_dir():
+        try:
+            return Path(hf_hub_download(str(folder), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download))
+        except EntryNotFoundError as error:
+            raise SliceFineError(
+                f"A slicefine adapter keeps its values in {SAFETENSORS_WEIGHTS_NAME}; {folder} has none. A pickle is never opened. Save the "
+                "adapter again with `save_pretrained`."
+            ) from error
     file = path / SAFETENSORS_WEIGHTS_NAME
-    if seals is None or not path.is_dir():
-        return
     if not file.exists():
         pickled = (
             f" {WEIGHTS_NAME} beside it is a pickle, which is never opened." if (path / WEIGHTS_NAME).exists() else ""
@@ -110,6 +112,11 @@ def check_folder(
             f"A slicefine adapter keeps its values in {SAFETENSORS_WEIGHTS_NAME}; there is none in {path}.{pickled} "
             "Save the adapter again with `save_pretrained`."
         )
+    return file
+
+
+def check_file(file: Path, schedule: Schedule, seals: dict[str, str], heads: dict[str, str] | None) -> None:
+    """Raise `SliceFineError` if `file` does not hold what the configuration beside it says: `schedule`, `seals`, `heads`."""
     try:
         tensors = load_file(file)
     except SafetensorError as error:
@@ -122,7 +129,8 @@ def check_folder(
         try:
             seal = _seal_in(found[name])
             values = {part: tensor for part, tensor in found[name].items() if part != SEAL}
-            problems[name] = _OTHER if str(seal) != seals[name] else seal.values_problem(schedule, values)
+            other = _OTHER if str(seal) != seals[name] else None
+            problems[name] = other or seal.settings_problem(schedule) or seal.values_problem(values)
         except SliceFineError as error:
             problems[name] = str(error)
     given, held = heads or {}, head_digests(tensors)
@@ -130,7 +138,7 @@ def check_folder(
     problems |= dict.fromkeys((seals.keys() | given) - (found.keys() | held), "the file has nothing for it.")
     problems |= dict.fromkeys((found.keys() | held) - (seals.keys() | given), "the configuration has nothing for it.")
     raise_all(
-        [f"{name}: {problem}" for name, problem in sorted(problems.items()) if problem],
+        by_text({name: problem for name, problem in problems.items() if problem}),
         f"{file} does not hold what adapter_config.json beside it says. One of the two was altered, or they are from different "
         "adapters: copy or save both again",
     )
@@ -157,20 +165,22 @@ def parse(state_dict: dict[str, Tensor], targets: dict[str, Target]) -> dict[str
         targets: what the adapter trains, by name.
     """
     found = _by_target(state_dict)
-    problems = [f"{name}: the model trains no such layer with this adapter." for name in found.keys() - targets.keys()]
-    problems += [f"{name}: the file has nothing for it." for name in targets.keys() - found.keys()]
+    problems = dict.fromkeys(found.keys() - targets.keys(), "the model trains no such layer with this adapter.")
+    problems |= dict.fromkeys(targets.keys() - found.keys(), "the file has nothing for it.")
     parsed = {}
     for name in found.keys() & targets.keys():
         try:
             parsed[name] = _parse_layer(found[name], targets[name])
         except SliceFineError as error:
-            problems.append(f"{name}: {error}")
-    raise_all(sorted(problems), "The file does not fit the adapter; nothing was loaded")
+            problems[name] = str(error)
+    raise_all(by_text(problems), "The file does not fit the adapter; nothing was loaded")
     return parsed
 
 
 def _parse_layer(parts: dict[str, Tensor], target: Target) -> LayerValues:
     seal = _seal_in(parts)
+    if problem := seal.settings_problem(target.schedule):
+        raise SliceFineError(problem)
     region = Region.of(target.schedule.touched(seal.step, target.shape))
     expected = {
         SEAL: tuple(parts[SEAL].shape),
@@ -193,7 +203,7 @@ def _parse_layer(parts: dict[str, Tensor], target: Target) -> LayerValues:
             raise SliceFineError(f"`{part}` holds floating-point numbers; got {_describe(tensor)}.")
         if not bool(torch.isfinite(tensor).all()):
             raise SliceFineError(f"`{part}` holds finite numbers; got NaN or Inf.")
-    if problem := seal.base_problem(region, target.original) or seal.values_problem(target.schedule, values):
+    if problem := seal.base_problem(region, target.original) or seal.values_problem(values):
         raise SliceFineError(problem)
     return LayerValues(
         seal=seal,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
@@ -15,6 +16,18 @@ from slicefine.tuner.seal import Seal
 
 BIASES = ("none", "slicefine_only")
 ALL_LINEAR = "all-linear"
+HOW_TO_LOAD = """\
+## How to load this adapter
+
+It holds slices of the base model's own weights (SliceFine). PEFT learns of the method when `slicefine` is imported (`pip install slicefine`):
+
+```python
+import slicefine
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder")
+```
+"""
 
 
 class SliceFineType(str, enum.Enum):  # noqa: UP042 -- as PEFT's own, whose hash and repr its mappings rely on
@@ -124,25 +137,28 @@ class SliceFineConfig(PeftConfig):
 
     def describe(self, *, step: int, seals: dict[str, str], heads: dict[str, str]) -> None:
         """Say what the file holds beside which this configuration is saved next; said in that one file alone."""
-        self._said = {"step": step, "seals": seals, "heads": heads}
+        self._saved_as = {"step": step, "seals": seals, "heads": heads}
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets in sorted order, so that saving twice writes the same file."""
         fields = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
-        return fields | getattr(self, "_said", {})
+        return fields | getattr(self, "_saved_as", {})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's."""
+        """As PEFT's; a model card in the folder gets a paragraph on how the adapter is loaded."""
         super().save_pretrained(save_directory, **kwargs)
-        self.__dict__.pop("_said", None)
+        self.__dict__.pop("_saved_as", None)
+        card = Path(save_directory, "README.md")
+        if card.is_file() and HOW_TO_LOAD.splitlines()[0] not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(f"{text.rstrip()}\n\n{HOW_TO_LOAD}", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> SliceFineConfig:
-        """As PEFT's. An adapter in a local folder is checked as a whole here, before anything touches the model.
+        """As PEFT's. The adapter beside the configuration is checked as a whole here, before anything touches the model.
 
-        Raises `SliceFineError` if the folder's weights are missing, truncated, altered or not in safetensors format.
+        Raises `SliceFineError` if its values are missing, truncated, altered or not in safetensors format.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, cls):
@@ -150,5 +166,8 @@ class SliceFineConfig(PeftConfig):
                 f"{pretrained_model_name_or_path} holds a {type(config).__name__}, not a {cls.__name__}. "
                 "Load it with `PeftConfig.from_pretrained`."
             )
-        artifact.check_folder(pretrained_model_name_or_path, subfolder, config.schedule, config.seals, config.heads)
+        if config.seals is not None:  # else it is a configuration alone
+            download, _, _ = cls._split_kwargs(kwargs)
+            file = artifact.locate(pretrained_model_name_or_path, subfolder, **download)
+            artifact.check_file(file, config.schedule, config.seals, config.heads)
         return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,9 +32,14 @@ def check_written(layer: SliceLinear) -> None:
     for weight, parameter in pairs:
         if not same_values(weight, parameter.to(weight.dtype)):
             raise SliceFineError(
-                f"{layer.name}: the parameter of its slice (adapter {adapter!r}) was changed by something other than a step of a "
-                "torch.optim.Optimizer, and the weight did not follow. Let your optimizer derive from torch.optim.Optimizer; do not assign to, "
+                f"{layer.name}: the weight and the parameter of its slice (adapter {adapter!r}) differ: one of them was changed by something "
+                "other than a step of a torch.optim.Optimizer. Let your optimizer derive from torch.optim.Optimizer; do not assign to, "
                 "average (EMA, SWA) or perturb (SAM) `slicefine_weight`: merge first, or work on the base weights."
+                + (
+                    " If it has just been loaded: adapter_config.json must be the one saved with it."
+                    if not state.step
+                    else ""
+                )
             )
     layer.has_followed(adapter)
 
@@ -52,18 +58,19 @@ def check_shown(layer: SliceLinear, shown: str | None, *_: Any) -> None:
 def start_of(layer: SliceLinear, adapter: str) -> int:
     """Which layer this is, its settings, and how far it is, in one number.
 
-    The layer keeps it in a buffer, which DistributedDataParallel overwrites with that of rank 0.
+    The layer keeps it in a buffer too, which DistributedDataParallel overwrites with that of rank 0.
     """
     state = layer.slicefine_state[adapter]
-    return state.schedule.digest(layer.name) + state.step
+    start = hashlib.sha256(f"{layer.name} {state.schedule}".encode()).digest()
+    return (int.from_bytes(start[:8]) >> 2) + state.step
 
 
 def _check_ranks(layer: SliceLinear, adapter: str) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    if int(layer.slicefine_declared[adapter]) != start_of(layer, adapter):
-        state = layer.slicefine_state[adapter]
+    state = layer.slicefine_state[adapter]
+    if int(layer.slicefine_start[adapter]) != state.start:
         raise SliceFineError(
             f"{layer.name}: all ranks of a distributed run start with the same SliceFineConfig and the same step; this rank has "
-            f"{state.schedule} at step {state.step}, rank 0 something else. Build or load the adapter in the same way on every rank."
+            f"{state.schedule}, step {state.step}, rank 0 something else. Build or load the adapter in the same way on every rank."
         )

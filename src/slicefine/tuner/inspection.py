@@ -40,6 +40,8 @@ def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCou
         model: A model with slicefine layers, as a `PeftModel` or with the adapter injected.
         steps: Length of the run in optimizer steps, for `planned`.
     """
+    if steps is not None and steps < 0:
+        raise SliceFineError(f"`steps` is the length of a run in optimizer steps, at least 0; got {steps}.")
     active = touched = planned = 0
     masters: set[int] = set()
     for _, layer, adapter in _tuned(model):

@@ -23,7 +23,7 @@ from slicefine.tuner import guards, sliding
 from slicefine.tuner.adapter_state import AdapterState, MasterDict
 from slicefine.tuner.artifact import Target
 from slicefine.tuner.base_layers import present_values, shape_of, weight_of
-from slicefine.tuner.originals import Originals, to_cpu
+from slicefine.tuner.originals import Originals, Stored, to_cpu, unnoticed
 
 if TYPE_CHECKING:
     from slicefine.tuner.arrival import Arrival
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 def _settle_after_loading(layer: nn.Module, incompatible_keys: Any) -> None:
     """The state may have been saved with the adapter disabled, or another one active."""
     assert isinstance(layer, SliceLinear)
+    for state in layer.slicefine_state.values():
+        state.cast(layer.dtype)  # `assign=True` brings the dtype of the state dict
     layer._settle()
 
 
@@ -40,7 +42,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("slicefine_weight", "slicefine_bias")
     cast_input_dtype_enabled = False  # there is no cast; PEFT's `disable_input_dtype_casting` asks
-    other_param_names = ("slicefine_index", "slicefine_declared", "slicefine_state")
+    other_param_names = ("slicefine_index", "slicefine_start", "slicefine_state")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         """`name`: that of the base layer in the base model, for messages."""
@@ -51,7 +53,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         self.slicefine_weight = MasterDict()
         self.slicefine_bias = MasterDict()
         self.slicefine_index: Any = BufferDict(persistent=False)  # its values are typed as possibly None
-        self.slicefine_declared: Any = BufferDict(persistent=False)
+        self.slicefine_start: Any = BufferDict(persistent=False)
         self.slicefine_state: dict[str, AdapterState] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
@@ -149,10 +151,12 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         self._arrival = arrival
 
     def _take_in(self) -> None:
-        if self._arrival is not None:
+        # Asking the others would take each of them as long, and they are asked when they are used themselves.
+        if self._arrival is not None and self._arrival.has_come(self):
             self._arrival.complete()
 
-    def _check_written(self) -> None:
+    def check_written(self) -> None:
+        """Raise `SliceFineError` if the weight does not follow the parameters of the installed adapter."""
         self._take_in()
         guards.check_written(self)
 
@@ -160,7 +164,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         """As `nn.Module.train`."""
         self._take_in()
         if not mode:
-            guards.check_written(self)
+            self.check_written()
         return super().train(mode)
 
     def load(self, adapter: str, *, step: int, master: Tensor, values: dict[str, Tensor], bias: Tensor | None) -> None:
@@ -174,11 +178,13 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         """
         self._show(None)
         state = self.slicefine_state[adapter]
-        state.originals, state.step = Originals(), step
-        for piece in state.schedule.touched(step, self.shape):
-            state.originals.keep(self._weight, piece)
+        state.step, touched = step, state.schedule.touched(step, self.shape)
+        region = Region.of(touched)
+        kept = {axis: dict.fromkeys(i for p in touched if p.axis == axis for i in p.indices) for axis in SLICE_AXES}
+        state.originals = Originals(
+            {axis: Stored(torch.tensor([*i]), self._present(axis, tuple(i))) for axis, i in kept.items() if i}
+        )
         self._installed = adapter
-        region = self.region(adapter)
         with torch.no_grad():
             for axis, trained in values.items():
                 index = torch.tensor(region.along(axis), dtype=torch.int64, device=self._weight.device)
@@ -211,12 +217,12 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 f"One slicefine adapter is active at a time, because each puts its values into the same weights; got {names}. "
                 "Activate one, or merge one first and train the next on the merged model."
             )
-        self._check_written()
+        self.check_written()
         super().set_adapter(names, inference_mode=inference_mode)
         self._settle()
 
     def enable_adapters(self, enabled: bool) -> None:
-        self._check_written()
+        self.check_written()
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
@@ -234,7 +240,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             raise SliceFineError(
                 f"One slicefine adapter is merged at a time; got {self.merged_adapters + names}. Unmerge first."
             )
-        self._check_written()
+        self.check_written()
         if names[0] not in self.slicefine_weight:
             self._show(None)
             return
@@ -273,17 +279,19 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         self._take_in()
         if adapter == self._installed:
             return
-        for name in (self._installed, adapter):
-            if name is not None:
-                self._exchange(self.slicefine_state[name])
-        self._installed = adapter
+        if self._installed is not None:
+            self._exchange(self.slicefine_state[self._installed])
+            self._installed = None
+        if adapter is not None:
+            self._exchange(self.slicefine_state[adapter])
+            self._installed = adapter
 
     def _exchange(self, state: AdapterState) -> None:
         state.originals.exchange(self._weight)
         if state.bias is not None:
             bias = self.base_layer.bias
             present = to_cpu(bias.detach()).clone()
-            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(bias):
+            with torch.no_grad(), unnoticed(bias):
                 bias.copy_(state.bias)
             state.bias = present
 
@@ -294,13 +302,14 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         # all the rest of this method, in every layer and every step.
         modules: Any = self._modules
         if self._arrival is not None:
-            self._take_in()
-        if self._arrival is not None:
-            self._arrival.end()
+            self._arrival.complete(last=True)
         adapter = self._installed
+        master = modules["slicefine_weight"]._parameters.get(adapter)
+        eager = not torch.compiler.is_compiling()
+        if eager and master is not None and not master.is_inference() and master._version != self.followed:
+            self.check_written()
         if adapter is None or self.merged_adapters or not torch.is_grad_enabled():
             return self._plain_forward(x, *args, **kwargs)
-        master = modules["slicefine_weight"]._parameters.get(adapter)
         bias_master = modules["slicefine_bias"]._parameters.get(adapter)
         if master is None:
             raise SliceFineError(
@@ -312,11 +321,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         weight = weight_of(modules["base_layer"])
         if args or kwargs or weight.requires_grad:
             self._refuse_call(len(args), sorted(kwargs))
-        check = None
-        if not torch.compiler.is_compiling():
-            check = functools.partial(guards.check_shown, self, adapter)
-            if master._version != self.followed:
-                self._check_written()
+        check = functools.partial(guards.check_shown, self, adapter) if eager else None
         return slice_linear(
             x,
             weight,
@@ -336,6 +341,11 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     def _refuse_call(self, more: int, named: list[str]) -> None:
         """Say why `forward` cannot train this way: further arguments, or a base weight that is trained as well."""
+        if type(self.base_layer._parameters["weight"]) is not nn.Parameter:
+            raise SliceFineError(
+                f"{self.name}: its weight has been made a piece of something larger, as FSDP does, which is not supported yet. Use plain data "
+                "parallelism (DDP), or one device."
+            )
         if more or named:
             raise SliceFineError(
                 f"{self.name}: {type(self).__name__} is called with the input alone while it trains; got {more} more arguments and "
@@ -370,7 +380,8 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     def has_followed(self, adapter: str) -> None:
         """Say that what an optimizer did has been written."""
-        self.followed = self.slicefine_weight[adapter]._version
+        master = self.slicefine_weight[adapter]
+        self.followed = None if master.is_inference() else master._version
 
     def slide(self, adapter: str) -> None:
         """Freeze the active slice with what it has learned and go to where the schedule wants to be."""
@@ -394,7 +405,9 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             self.slicefine_index[adapter] = index.to(buffer.device)
 
     def _declare(self, adapter: str) -> None:
-        self.slicefine_declared[adapter] = torch.tensor([guards.start_of(self, adapter)], device=self._weight.device)
+        start = self.slicefine_state[adapter].start = guards.start_of(self, adapter)
+        with torch.inference_mode(False):
+            self.slicefine_start[adapter] = torch.tensor([start], device=self._weight.device)
 
     def _in_use(self, adapter: str) -> Tensor:
         """The part of the master that holds the active slice, `(width, length)`. A view."""
@@ -443,8 +456,7 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         if self.dtype == before:
             return applied
         for state in self.slicefine_state.values():
-            state.originals.cast(self.dtype)
-            state.bias = None if state.bias is None else state.bias.to(self.dtype)
+            state.cast(self.dtype)
         for adapter in self.slicefine_state:
             with self.shown(adapter):
                 self._write(adapter)
@@ -469,13 +481,11 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         own = f"{prefix}slicefine_index."  # under a child's name, by which PEFT tells what is not the base model's
         given = {key.removeprefix(own): state_dict.pop(key) for key in list(state_dict) if key.startswith(own)}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        base_weight = f"{prefix}base_layer.weight"
-        if base_weight in state_dict and not given and self._installed is not None:
-            del state_dict[base_weight]
-            error_msgs.append(
-                f"{prefix}: the weight holds what adapter {self._installed!r} has trained, and the state dict has values for the "
-                "weight alone. Load those of a base model within `disable_adapter()`."
-            )
+        problems = self._state_problems(given, state_dict.get(f"{prefix}base_layer.weight"))
+        if problems:
+            error_msgs += [f"{prefix.removesuffix('.')}: {problem}" for problem in problems]
+            state_dict.pop(f"{prefix}base_layer.weight", None)
+            return
         unexpected_keys += [own + key for key in given if key.rpartition(".")[0] not in self.slicefine_state]
         for adapter, state in self.slicefine_state.items():
             parts = {k.rpartition(".")[2]: tensor for k, tensor in given.items() if k.rpartition(".")[0] == adapter}
@@ -491,13 +501,35 @@ class SliceLinear(nn.Module, BaseTunerLayer):
             self._point_at(adapter, state.schedule.slice_at(state.step, self.shape))
             self._declare(adapter)
 
+    def _state_problems(self, given: dict[str, Tensor], weight: Tensor | None) -> list[str]:
+        """What would leave weight and positions at odds if a state dict with `weight` and with the positions `given` were loaded."""
+        if weight is None:
+            return [
+                f"the state dict has the position of adapter {adapter!r} after {int(given[f'{adapter}.step'])} steps, and no values for the "
+                "weight, which holds what was trained. Keep `base_layer` in it, or use `save_pretrained`."
+                for adapter, state in self.slicefine_state.items()
+                if int(given.get(f"{adapter}.step", state.step)) != state.step
+            ]
+        if not given and self._installed is not None:
+            return [
+                f"the weight holds what adapter {self._installed!r} has trained, and the state dict has values for the weight alone. Load "
+                "those of a base model within `disable_adapter()`."
+            ]
+        strangers = {
+            key.rpartition(".")[0] for key, tensor in given.items() if key.endswith(".installed") and bool(tensor)
+        }
+        return [
+            f"its weight holds the values of adapter {adapter!r}, which this model does not have. Add the adapter first."
+            for adapter in strangers - self.slicefine_state.keys()
+        ]
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never cast: masters are fp32 whatever the base is."""
         target = device if device is not None else self._weight.device
         for parameters in (self.slicefine_weight, self.slicefine_bias):
             if adapter_name in parameters:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(target)
-        for buffers in (self.slicefine_index, self.slicefine_declared):
+        for buffers in (self.slicefine_index, self.slicefine_start):
             if adapter_name in buffers:
                 buffers[adapter_name] = buffers[adapter_name].to(target)
 

@@ -15,13 +15,12 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, raise_all
+from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, by_text, raise_all
 from slicefine.slicing import ALTERNATE, SLICE_AXES, Region
 from slicefine.tuner import artifact, targets
 from slicefine.tuner.arrival import Arrival
 from slicefine.tuner.base_layers import present_values, same_values, shape_of, weight_of
 from slicefine.tuner.config import SliceFineConfig
-from slicefine.tuner.guards import check_written
 from slicefine.tuner.layer import SliceLinear
 from slicefine.tuner.seal import Seal
 
@@ -52,16 +51,22 @@ class SliceFineModel(BaseTuner):
         config = copy.deepcopy(config)
         assert isinstance(config, SliceFineConfig)
         found = targets.find_targets(model, config)
-        problems = targets.find_problems(model, config, found) + _name_problems(adapter_name)
+        problems = targets.find_problems(model, config, found) + _name_problems(model, adapter_name)
         if not problems and config.seals is not None:
             problems = _base_problems(found, config)
-        raise_all(problems, f"Adapter {adapter_name!r} cannot be attached")
+        of = (
+            f", trained on {config.base_model_name_or_path!r},"
+            if config.seals and config.base_model_name_or_path
+            else ""
+        )
+        raise_all(problems, f"Adapter {adapter_name!r}{of} cannot be attached")
+        if targets.names_all_linear(config) and config.layers_to_transform is not None:
+            config.target_modules = sorted(found)  # PEFT heeds the blocks only for layers that are given by suffix
         _warn_of_adjustments(config, found)
         self.peft_config[adapter_name] = config
-        self._arrival = Arrival(adapter_name, self._leave_nothing_behind)
-        self._active_before = next((layer.active_adapters for layer in _layers(model).values()), [])
-        self._trainable_before = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        self._arrival = Arrival(self, adapter_name) if config.seals is not None else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._arrival = None
         config.step, config.seals, config.heads = 0, None, None
         if source is not None:
             _copy_adapter(model, source, adapter_name)
@@ -86,8 +91,8 @@ class SliceFineModel(BaseTuner):
             train_bias=peft_config.bias != "none",
             perturb=not peft_config.init_weights,
         )
-        if peft_config.seals is not None:
-            self._arrival.expect(current_key, layer, Seal.parse(peft_config.seals[current_key]))
+        if self._arrival is not None:
+            self._arrival.expect(current_key, layer, Seal.parse((peft_config.seals or {})[current_key]))
 
     def _check_new_adapter_config(self, config: Any) -> None:
         """Nothing to refuse: PEFT allows one adapter with biases, because it trains them in place; here each has its own."""
@@ -117,10 +122,31 @@ class SliceFineModel(BaseTuner):
         """As PEFT's, without its warning: trained biases are put back as well, so the output is the base model's."""
         self._enable_adapter_layers(enabled=False)
 
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self._check_written()
+        super()._enable_adapter_layers(enabled)
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """As PEFT's."""
+        self._check_written()
+        super().set_adapter(adapter_name, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """As `nn.Module.train`."""
+        if not mode:
+            self._check_written()
+        return super().train(mode)
+
+    def _check_written(self) -> None:
+        """Raise for any layer before the first one is changed."""
+        for layer in _layers(self.model).values():
+            layer.check_written()
+
     # ------------------------------------------------------------------ merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         _refuse_unfinite(self.model, adapter_names or self.active_adapters)
+        self._check_written()
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
         _show_heads(self.model, adapter_names or self.active_adapters)
 
@@ -137,6 +163,7 @@ class SliceFineModel(BaseTuner):
     ) -> Any:
         if merge:
             _refuse_unfinite(self.model, adapter_names or self.active_adapters)
+            self._check_written()
         else:
             for layer in _layers(self.model).values():
                 layer.withdraw()
@@ -147,20 +174,18 @@ class SliceFineModel(BaseTuner):
             layer.let_go()
         return unloaded
 
-    def _leave_nothing_behind(self, adapter_name: str) -> None:
-        """Undo attaching an adapter whose file was refused, down to what was active and trainable before."""
+    def leave_nothing_behind(self, adapter_name: str, active_before: list[str]) -> None:
+        """Undo attaching an adapter."""
         for layer in _layers(self.model, adapter_name).values():
             layer.withdraw()
         if len(self.peft_config) > 1:
-            if self._active_before:
-                self.set_adapter(self._active_before)
+            if active_before:
+                self.set_adapter(active_before)
             self.delete_adapter(adapter_name)
         else:
             self.unload()
             if getattr(self.model, "_hf_peft_config_loaded", False):  # where transformers notes that it has adapters
                 self.model._hf_peft_config_loaded = False
-        for parameter in self.model.parameters():
-            parameter.requires_grad = id(parameter) in self._trainable_before
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -176,7 +201,7 @@ class SliceFineModel(BaseTuner):
         """The artifact, taken from the layers. What describes it goes into `config`, which PEFT saves next."""
         layers = _layers(model, adapter_name)
         for layer in layers.values():
-            check_written(layer)
+            layer.check_written()
         _refuse_other_values(layers, adapter_name, state_dict)
         tensors: dict[str, Tensor] = {}
         seals = {}
@@ -262,8 +287,13 @@ def _show_heads(model: nn.Module, adapter_names: list[str]) -> None:
                 parameter.requires_grad = requires_grad
 
 
-def _name_problems(adapter_name: str) -> list[str]:
+def _name_problems(model: nn.Module, adapter_name: str) -> list[str]:
     """What keeps a name from being used: parameters are kept under it, as in PEFT's own methods."""
+    if _layers(model, adapter_name):
+        return [
+            f"the model has a slicefine adapter {adapter_name!r} already. Add one under another name (`add_adapter`), or `merge_and_unload()` or "
+            "`unload()` first."
+        ]
     if "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
         return [
             f"an adapter's name has no dot and is no attribute of a torch module; got {adapter_name!r}. Choose another name."
@@ -285,26 +315,25 @@ def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list[str]:
     """Targets whose original values are not those that a saved adapter was trained on."""
     assert config.seals is not None
-    problems = []
-    for name, module in found.items():
-        if name not in config.seals:
-            problems.append(
-                f"{name}: the saved adapter has nothing for it. Load it with the targets it was saved with."
-            )
-            continue
+    problems = dict.fromkeys(
+        found.keys() - config.seals.keys(),
+        "the saved adapter has nothing for it. Load it with the targets it was saved with.",
+    )
+    problems |= dict.fromkeys(
+        config.seals.keys() - found.keys(), "the saved adapter trains it, this model has no such layer."
+    )
+    for name in found.keys() & config.seals.keys():
+        module = found[name]
         if isinstance(module, SliceLinear):
             shape, original = module.shape, module.base_values
         else:
             shape = shape_of(module)
             original = functools.partial(present_values, weight_of(module))
         seal = Seal.parse(config.seals[name])
-        if problem := seal.base_problem(Region.of(config.schedule.touched(seal.step, shape)), original):
-            problems.append(f"{name}: {problem}")
-    problems += [
-        f"{name}: the saved adapter trains it, this model has no such layer."
-        for name in config.seals.keys() - found.keys()
-    ]
-    return problems
+        region = Region.of(config.schedule.touched(seal.step, shape))
+        if problem := seal.settings_problem(config.schedule) or seal.base_problem(region, original):
+            problems[name] = problem
+    return by_text(problems)
 
 
 def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, nn.Module]) -> None:
@@ -341,9 +370,11 @@ def _copy_adapter(model: nn.Module, source: str, adapter: str) -> None:
     steps = max(layer.slicefine_state[source].step for layer in layers.values())
     if not steps:
         return
+    trains = any(layer.slicefine_weight[source].requires_grad for layer in layers.values())
+    frozen = "" if trains else f" {source!r} itself is frozen: to train it, load it with is_trainable=True."
     warnings.warn(
         f"Adapter {adapter!r} was given the configuration of {source!r} itself, which has made {steps} steps, and starts as a copy of "
-        "it, as the reference adapters of TRL must. For one that starts from the base model pass a new SliceFineConfig.",
+        f"it, as the reference adapters of TRL must. For one that starts from the base model pass a new SliceFineConfig.{frozen}",
         SliceFineWarning,
         stacklevel=3,
     )

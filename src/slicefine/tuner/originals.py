@@ -10,6 +10,7 @@ known of its original, so every stored row and column is original throughout, an
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Originals:
     """Rows and columns of one `(d_out, d_in)` weight."""
 
     def __init__(self, stored: dict[str, Stored] | None = None) -> None:
-        # One piece a move; they are joined when they are exchanged, so that the cost of a move does not grow with what is kept.
+        # A piece is joined with its predecessor when it has grown as large, so that there are few, and a move stays cheap.
         self._pieces: dict[str, list[Stored]] = {axis: [] for axis in SLICE_AXES}
         for axis, piece in (stored or {}).items():
             self._pieces[axis].append(piece)
@@ -50,7 +51,10 @@ class Originals:
         taken = to_cpu(_read(weight, piece.axis, index))
         for crossing in self._pieces[COLUMN if piece.axis == ROW else ROW]:
             taken[:, crossing.index] = crossing.values[:, index].t()
-        self._pieces[piece.axis].append(Stored(index, taken))
+        pieces = self._pieces[piece.axis]
+        pieces.append(Stored(index, taken))
+        while len(pieces) > 1 and len(pieces[-1].index) >= len(pieces[-2].index):
+            pieces[-2:] = [_joined(pieces[-2:])]
         self._known[piece.axis].update(new)
 
     def exchange(self, weight: Tensor) -> None:
@@ -61,7 +65,7 @@ class Originals:
         """
         stored = self.stored()
         present = {axis: Stored(index, to_cpu(_read(weight, axis, index))) for axis, (index, _) in stored.items()}
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
+        with torch.no_grad(), unnoticed(weight):
             for axis, (index, values) in stored.items():
                 vectors(weight, axis).index_copy_(0, index.to(weight.device), values.to(weight.device, weight.dtype))
         self._pieces = {axis: [present[axis]] if axis in present else [] for axis in SLICE_AXES}
@@ -70,7 +74,7 @@ class Originals:
         """All that is kept, by axis; an axis along which nothing is kept is left out."""
         for axis, pieces in self._pieces.items():
             if len(pieces) > 1:
-                self._pieces[axis] = [Stored(*map(torch.cat, zip(*pieces, strict=True)))]
+                self._pieces[axis] = [_joined(pieces)]
         return {axis: pieces[0] for axis, pieces in self._pieces.items() if pieces}
 
     def pick(self, axis: str, indices: tuple[int, ...]) -> Tensor:
@@ -84,6 +88,17 @@ class Originals:
         self._pieces = {
             axis: [Stored(p.index, p.values.to(dtype)) for p in pieces] for axis, pieces in self._pieces.items()
         }
+
+
+def unnoticed(tensor: Tensor) -> AbstractContextManager[None]:
+    """Within this context autograd does not notice that `tensor` is written into."""
+    if tensor.is_inference():  # it has no version
+        return nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter(tensor)
+
+
+def _joined(pieces: list[Stored]) -> Stored:
+    return Stored(*map(torch.cat, zip(*pieces, strict=True)))
 
 
 def _read(weight: Tensor, axis: str, index: Tensor) -> Tensor:

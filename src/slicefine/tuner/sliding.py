@@ -28,25 +28,62 @@ if TYPE_CHECKING:
 _layers: weakref.WeakSet[SliceLinear] = weakref.WeakSet()
 _optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 """Those that have trained slices. Several may hold the same ones, and a move concerns them all."""
-_warned: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _threads = threading.local()
+_lock = threading.Lock()
 
 
 def watch(layer: SliceLinear) -> None:
     """Let `layer` be looked after from now on, for as long as it lives."""
-    _layers.add(layer)
+    with _lock:
+        _layers.add(layer)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _layers:
         return
-    if isinstance(optimizer, torch.optim.LBFGS) and _stepped_layers(_held([optimizer])):
+    running = _running()
+    if not running:
+        _threads.inner = []
+        if optimizer not in _checked:
+            _check(optimizer)
+            _checked.add(optimizer)
+    running.append((optimizer, sys._getframe(1)))
+
+
+def _check(optimizer: Optimizer) -> None:
+    """Before the first step of an optimizer: raise if it cannot train slices, warn of what it would do to them."""
+    held = _held([optimizer])
+    if not held:
+        _warn(
+            f"{type(optimizer).__name__} holds no parameter: its steps train nothing. An adapter is loaded for inference unless it is loaded "
+            "with is_trainable=True."
+        )
+    masters = [layer.slicefine_weight[adapter] for layer, adapter in _stepped_layers(held)]
+    if not masters:
+        return
+    if isinstance(optimizer, torch.optim.LBFGS):
         raise SliceFineError(
             "LBFGS evaluates the model between updates within one step, and a slice is written back after the step. Use an "
             "optimizer that evaluates once per step, such as AdamW."
         )
-    _warn_of_nothing_to_train(optimizer)
-    _running().append((optimizer, sys._getframe(1)))
+    refuse_sharding(masters)
+    groups = [held[id(master)] for master in masters if id(master) in held]
+    if any("step" in group for group in groups):
+        _warn(
+            f"{type(optimizer).__name__} counts its steps once for all parameters, so its bias correction does not start again when a slice moves. "
+            "Use an optimizer that counts per parameter, such as torch.optim.AdamW(fused=True)."
+        )
+    decay = max((group.get("weight_decay") or 0 for group in groups), default=0)
+    if decay:
+        _warn(
+            f"{type(optimizer).__name__} applies weight_decay={decay} to slices. A slice is a piece of a pretrained weight, so "
+            "decay pulls the weight itself towards zero, and not an update of it. Set weight_decay=0 for the adapter."
+        )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, SliceFineWarning, stacklevel=5)
 
 
 def _running() -> list[tuple[Optimizer, FrameType]]:
@@ -86,14 +123,17 @@ def _held(optimizers: list[Optimizer]) -> dict[int, dict[str, Any]]:
 def _stepped_layers(held: dict[int, dict[str, Any]]) -> list[tuple[SliceLinear, str]]:
     """Layers and adapters with a master among the parameters `held`.
 
-    An adapter that is not installed is stepped only if it has a gradient, or zeros in its place.
+    An adapter is stepped if it has a gradient, or zeros in its place; the installed one also if it is only trainable.
     """
     stepped = []
-    for layer in _layers:
+    with _lock:
+        layers = list(_layers)
+    for layer in layers:
         for adapter, master in layer.slicefine_weight.items():
             masters = [master, layer.slicefine_bias.get(adapter)]
             mine = [m for m in masters if m is not None and id(m) in held]
-            if mine and (adapter == layer.installed or any(m.grad is not None for m in mine)):
+            asked = adapter == layer.installed and any(m.requires_grad for m in mine)
+            if mine and (asked or any(m.grad is not None for m in mine)):
                 stepped.append((layer, adapter))
     return stepped
 
@@ -103,18 +143,10 @@ def _settle(optimizers: list[Optimizer]) -> None:
     stepped = _stepped_layers(held)
     if not stepped:
         return
-    refuse_sharding([layer.slicefine_weight[adapter] for layer, adapter in stepped])
     _optimizers.update(optimizers)
-    _warn_of_settings(
-        optimizers[0], [held[id(p)] for layer, a in stepped if id(p := layer.slicefine_weight[a]) in held]
-    )
-
     writes = [pair for layer, a in stepped if a == layer.installed for pair in layer.pending_writes(a, held)]
     if writes:
         torch._foreach_copy_([destination for destination, _ in writes], [source for _, source in writes])
-    counting = [(layer, a) for layer, a in stepped if id(layer.slicefine_weight[a]) in held]
-    if counting:
-        torch._foreach_add_([layer.slicefine_declared[a] for layer, a in counting], 1)
     for layer, adapter in stepped:
         with layer.shown(adapter) as was_hidden:
             if was_hidden:  # stepped while disabled, or while another adapter was active
@@ -146,39 +178,6 @@ def _skipped(optimizer: Optimizer) -> bool:
     """Whether a gradient scaler found an overflow: fused optimizers are stepped all the same, and do nothing."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
-
-
-def _warn_of_nothing_to_train(optimizer: Optimizer) -> None:
-    if optimizer in _warned or any(group["params"] for group in optimizer.param_groups):
-        return
-    _warned.add(optimizer)
-    warnings.warn(
-        f"{type(optimizer).__name__} holds no parameter: its steps train nothing. An adapter is loaded for inference unless it is loaded "
-        "with is_trainable=True.",
-        SliceFineWarning,
-        stacklevel=3,
-    )
-
-
-def _warn_of_settings(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
-    if optimizer in _warned:
-        return
-    _warned.add(optimizer)
-    if any("step" in group for group in groups):
-        warnings.warn(
-            f"{type(optimizer).__name__} counts its steps once for all parameters, so its bias correction does not start again when a slice moves. "
-            "Use an optimizer that counts per parameter, such as torch.optim.AdamW(fused=True).",
-            SliceFineWarning,
-            stacklevel=3,
-        )
-    decay = max((group.get("weight_decay") or 0 for group in groups), default=0)
-    if decay:
-        warnings.warn(
-            f"{type(optimizer).__name__} applies weight_decay={decay} to slices. A slice is a piece of a pretrained weight, so "
-            "decay pulls the weight itself towards zero, and not an update of it. Set weight_decay=0 for the adapter.",
-            SliceFineWarning,
-            stacklevel=3,
-        )
 
 
 register_optimizer_step_pre_hook(_before_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -12,7 +13,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from slicefine.errors import SliceFineError, did_you_mean
+from slicefine.errors import SliceFineError, by_text, did_you_mean
 from slicefine.slicing import ALTERNATE, COLUMN, ROW
 from slicefine.tuner.base_layers import BASE_LAYERS, shape_of
 from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
@@ -27,11 +28,16 @@ def find_targets(model: nn.Module, config: SliceFineConfig) -> dict[str, nn.Modu
     """The modules of `model` that `config` targets, by name, as PEFT will match them. Inside of tuner layers nothing matches."""
     expanded = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
     tuned = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    return {
+    found = {
         name: module
         for name, module in model.named_modules()
         if name and not name.startswith(tuned) and check_target_module_exists(expanded, name)
     }
+    if not names_all_linear(config) or config.layers_to_transform is None:
+        return found
+    by_suffix = copy.deepcopy(config)
+    by_suffix.target_modules = [name.rpartition(".")[2] for name in found]
+    return {name: module for name, module in found.items() if check_target_module_exists(by_suffix, name)}
 
 
 def names_all_linear(config: SliceFineConfig) -> bool:
@@ -56,11 +62,13 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
         else:
             sound[name] = module
     if not names_all_linear(config) and config.seals is None:
-        problems += [
-            f"{name}: r={config.r} is more than the {_narrowest(config, shape)} {_axis_names(config, shape)} of its weight of shape {shape}. "
-            "Lower `r`, or leave the layer out."
-            for name, shape in clamped(sound, config).items()
-        ]
+        problems += by_text(
+            {
+                name: f"r={config.r} is more than the {_narrowest(config, shape)} {_axis_names(config, shape)} of its weight of shape {shape}. "
+                "Lower `r`, or leave the layer out."
+                for name, shape in clamped(sound, config).items()
+            }
+        )
     return problems
 
 
@@ -106,12 +114,17 @@ def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[
                     f"`{setting}` names {name!r}, which no module of the model is called; of the names given, these match: "
                     f"{others}.{did_you_mean(name, known)} Linear layers here: {_list(Counter(k.rpartition('.')[2] for k in linear))}."
                 )
-    if config.layers_to_transform is not None and targets:
+    if config.layers_to_transform is not None:
         wanted = config.layers_to_transform
-        present = {int(part) for name in targets for part in name.split(".") if part.isdigit()}
+        present = _blocks(targets)
+        everywhere = copy.copy(config)
+        everywhere.layers_to_transform = everywhere.layers_pattern = None
+        blocks = _blocks(find_targets(model, everywhere))
         missing = sorted(set([wanted] if isinstance(wanted, int) else wanted) - present)
         if missing:
-            problems.append(f"`layers_to_transform` names blocks that hold no target: {missing}; got {wanted!r}.")
+            problems.append(
+                f"`layers_to_transform` names blocks that hold no target: {missing}; got {wanted!r}. Blocks with targets: {_ranges(blocks)}."
+            )
     if not targets and not problems:
         note = "" if config.layers_to_transform is None else f" with layers_to_transform={config.layers_to_transform!r}"
         if isinstance(config.target_modules, str) and not names_all_linear(config):
@@ -122,6 +135,14 @@ def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[
             f"Linear layers here: {_list(Counter(k.rpartition('.')[2] for k in linear))}."
         )
     return problems
+
+
+def _blocks(names: Iterable[str]) -> set[int]:
+    return {int(part) for name in names for part in name.split(".") if part.isdigit()}
+
+
+def _ranges(blocks: set[int]) -> str:
+    return f"{min(blocks)} to {max(blocks)}" if blocks else "none"
 
 
 def _ends_with(key: str, name: str) -> bool:

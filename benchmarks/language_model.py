@@ -146,9 +146,10 @@ def loss_on(model: Any, text: Tensor, options: argparse.Namespace) -> float:
     return statistics.fmean(float(model(input_ids=w, labels=w).loss) for w in windows.split(32))
 
 
-def sliced(r: int, options: argparse.Namespace) -> Callable[[Any], Any]:
-    """Attach SliceFine with rank `r`, alternating."""
-    config = SliceFineConfig(r=r, axis="alternate", slide_every=options.slide_every, task_type="CAUSAL_LM")
+def sliced(r: int, options: argparse.Namespace, **settings: Any) -> Callable[[Any], Any]:
+    """Attach SliceFine with rank `r`, alternating unless `settings` say otherwise."""
+    usual = {"axis": "alternate", "slide_every": options.slide_every, "task_type": "CAUSAL_LM"}
+    config = SliceFineConfig(r=r, **usual | settings)
     return lambda model: get_peft_model(model, config)
 
 
@@ -169,8 +170,26 @@ def trainable_entries(model: Any, options: argparse.Namespace) -> int:
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     schedule = model.peft_config["default"].schedule
     shapes = [module.shape for module in model.modules() if isinstance(module, SliceLinear)]
-    sizes = [active_size(schedule, shape, step) for shape in shapes for step in (0, options.slide_every)]
+    sizes = [active_size(schedule, shape, step) for shape in shapes for step in (0, schedule.slide_every or 0)]
     return sum(sizes) // 2
+
+
+def ablations(options: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
+    """Settings of SliceFine at LoRA's count, each changed alone."""
+    every = options.slide_every
+    changes: dict[str, dict[str, Any]] = {
+        f"slide_every {max(1, every // 8)}": {"slide_every": max(1, every // 8)},
+        f"slide_every {max(1, every // 4)}": {"slide_every": max(1, every // 4)},
+        f"slide_every {max(1, every // 2)}": {"slide_every": max(1, every // 2)},
+        f"slide_every {2 * every}": {"slide_every": 2 * every},
+        f"slide_every {4 * every}": {"slide_every": 4 * every},
+        "random order": {"order": "random"},
+        "rows alone": {"axis": "row"},
+        "columns alone": {"axis": "column"},
+        "rows alone, never moving": {"axis": "row", "slide_every": None},
+        "columns alone, never moving": {"axis": "column", "slide_every": None},
+    }
+    return {f"{EQUAL}: {name}": sliced(EQUAL_R, options, **change) for name, change in changes.items()}
 
 
 @dataclass(frozen=True)
@@ -194,7 +213,7 @@ def tune(options: argparse.Namespace, folder: Path, job: tuple[str, float, int])
     model = new_model(options)
     model.load_state_dict(torch.load(folder / "model.pt"))
     torch.manual_seed(seed)
-    model = methods(options)[method](model)
+    model = (methods(options) | ablations(options))[method](model)
     trainable = trainable_entries(model, options)
     train(model, texts.train, options, steps=options.steps, lr=lr, seed=seed)
     return Run(
@@ -202,8 +221,22 @@ def tune(options: argparse.Namespace, folder: Path, job: tuple[str, float, int])
     )
 
 
-def run_all(options: argparse.Namespace, folder: Path) -> tuple[list[Run], list[Run], dict[str, float]]:
-    """The runs over the grid with the first seed, those at the learning rates chosen with every seed, and the losses before."""
+@dataclass(frozen=True)
+class Results:
+    """All runs of the benchmark."""
+
+    before: dict[str, float]
+    """Losses of the pretrained model."""
+    grid: list[Run]
+    """Every learning rate, first seed."""
+    chosen: list[Run]
+    """The learning rate chosen, every seed."""
+    ablations: list[Run]
+    """First seed, learning rates around the one chosen for `EQUAL`."""
+
+
+def run_all(options: argparse.Namespace, folder: Path) -> Results:
+    """Pretrain, then make all runs."""
     texts = read_texts(options)
     say(f"{len(texts.docstrings):,} tokens of docstrings, {len(texts.train):,} of code")
     model = new_model(options)
@@ -230,7 +263,9 @@ def run_all(options: argparse.Namespace, folder: Path) -> tuple[list[Run], list[
             for method in methods(options)
         }
         chosen = list(best.values()) + finish([(m, run.lr, seed) for m, run in best.items() for seed in others])
-    return grid, chosen, before
+        rates = [best[EQUAL].lr * factor for factor in (0.5, 1, 2)]
+        changed = finish([(m, lr, first) for m in ablations(options) for lr in rates]) if options.ablations else []
+    return Results(before, grid, chosen, changed)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -241,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--pretrain-steps", type=positive, default=3000, help="optimizer steps on docstrings")
     made.add_argument("--steps", type=positive, default=800, help="optimizer steps on code")
     made.add_argument("--slide-every", type=positive, default=100, help="optimizer steps per position")
+    made.add_argument("--ablations", action="store_true", help="also change one setting of SliceFine at a time")
     made.add_argument("--batch", type=positive, default=8, help="sequences")
     made.add_argument("--tokens", type=positive, default=128, help="tokens a sequence")
     made.add_argument("--windows", type=positive, default=256, help="sequences that a loss is measured on")
@@ -257,12 +293,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed=options.seed,
     )
     with tempfile.TemporaryDirectory() as folder:
-        grid, chosen, before = run_all(options, Path(folder))
+        results = run_all(options, Path(folder))
 
-    rows = [{"method": NONE, "trainable": 0, "test loss": before["test"]}]
+    rows = [{"method": NONE, "trainable": 0, "test loss": results.before["test"]}]
     losses = {}
     for method in methods(options):
-        runs = [run for run in chosen if run.method == method]
+        runs = [run for run in results.chosen if run.method == method]
         losses[method] = [run.test for run in runs]
         rows.append(
             {
@@ -298,15 +334,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Table(title="Held-out loss after tuning", rows=_alike(rows)),
             Table(
                 title="The grid, first seed: validation loss",
-                rows=[
-                    {"method": method} | {f"lr {run.lr:g}": run.validation for run in grid if run.method == method}
-                    for method in methods(options)
-                ],
+                rows=_by_rate(results.grid),
             ),
-            Table(title="Every run at its learning rate", rows=[vars(run) for run in chosen]),
+            Table(title="Every run at its learning rate", rows=[vars(run) for run in results.chosen]),
+            *(
+                [Table(title="One setting changed, first seed: validation loss", rows=_by_rate(results.ablations))]
+                if results.ablations
+                else []
+            ),
         ],
         made_by=made_by,
     )
+
+
+def _by_rate(runs: list[Run]) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        rows.setdefault(run.method, {"method": run.method})[f"lr {run.lr:g}"] = run.validation
+    return list(rows.values())
 
 
 def _alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

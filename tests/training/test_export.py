@@ -2,15 +2,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import exporting
 import pytest
+import tiny
 import torch
-from transformers import BertModel
+from jsonargparse import ArgumentParser
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTModel
 
-from slicefine import SliceFineError
-from slicefine.training.export import export
+from slicefine import SliceFineError, SliceFineWarning
+from slicefine.cli import export as cli
+from slicefine.training.export import KINDS, export
 from slicefine.training.recipe import Recipe
 from slicefine.training.run import train
 
@@ -21,69 +29,261 @@ def run(settings: dict[str, Any]) -> Path:
     return Path(settings["output"])
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained adapter without biases and heads; to be read only."""
+    return exporting.trained_adapter(tmp_path_factory.mktemp("llama"), tiny.llama())
+
+
+@pytest.fixture
+def no_tokenizer() -> Iterator[None]:
+    """The adapters made here have none, which is said."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is no tokenizer", SliceFineWarning)
+        yield
+
+
 def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_into_an_empty_folder(run: Path, tmp_path: Path) -> None:
+def test_the_kinds_are_those_that_the_command_line_names() -> None:
+    parser = ArgumentParser()
+    cli.add(parser)
+    assert f"--as {'|'.join(KINDS)}" in parser.format_usage()
+    assert all(f"{kind}:" in parser.format_help() for kind in KINDS)
+
+
+def test_exporting_a_run_reads_it_and_its_base_and_changes_nothing(
+    run: Path, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = Path(settings["model.name"])
+    before = exporting.fingerprints(run), exporting.fingerprints(base)
+    for kind in KINDS:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*Left out, as asked", SliceFineWarning)
+            export(run, kind, tmp_path / kind, drop_biases_and_heads=kind == "lora")
+        assert (exporting.fingerprints(run), exporting.fingerprints(base)) == before
+        tokenizers = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (tmp_path / kind, base)]
+        assert tokenizers[0] == tokenizers[1]
+
+    assert {"adapter_config.json", "adapter_model.safetensors", "config.json", "README.md", "tokenizer.json"} <= set(
+        entries(tmp_path / "slices")
+    )
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "slices" / name).read_bytes() == (run / "adapter" / name).read_bytes()
+    export(tmp_path / "slices", "merged", tmp_path / "again")
+    assert exporting.fingerprints(tmp_path / "again") == exporting.fingerprints(tmp_path / "merged")
+
+
+@pytest.mark.usefixtures("no_tokenizer")
+@pytest.mark.parametrize("kind", KINDS)
+def test_exporting_twice_writes_the_same_bytes(kind: str, llama: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        export(llama, kind, tmp_path / name)
+    assert exporting.fingerprints(tmp_path / "one") == exporting.fingerprints(tmp_path / "two")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damage", ["bit", "truncated", "configuration alone", "NaN"])
+def test_a_damaged_adapter_is_refused(kind: str, damage: str, llama: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(llama, adapter)
+    file = adapter / "adapter_model.safetensors"
+    if damage == "bit":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        says = "does not hold what adapter_config.json beside it says"
+    elif damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+        says = "not a complete safetensors file"
+    elif damage == "NaN":
+        model = PeftModel.from_pretrained(exporting.base_of(llama), str(llama), is_trainable=True)
+        layer = model.base_model.model.model.layers[0].mlp.up_proj
+        layer.slicefine_weight["default"].data[0, 0] = torch.nan
+        for destination, source in layer.pending_writes("default"):
+            destination.copy_(source)
+        with pytest.warns(SliceFineWarning, match="saved with NaN"):
+            model.save_pretrained(adapter)
+        says = r"Only finite values are exported; .*up_proj\.slicefine_weight"
+    else:
+        path = adapter / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seals": None}))
+        says = "a configuration alone, and nothing trained"
+    before = entries(tmp_path)
+    with pytest.raises(SliceFineError, match=says):
+        export(adapter, kind, tmp_path / "out")
+    assert entries(tmp_path) == before
+
+
+@pytest.mark.usefixtures("no_tokenizer")
+def test_into_an_empty_folder(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    assert export(run, "merged", tmp_path / "out") == tmp_path / "out"
+    assert export(llama, "merged", tmp_path / "out") == tmp_path / "out"
     assert "model.safetensors" in entries(tmp_path / "out")
 
 
-def test_unknown_kind(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(SliceFineError, match=r"exported as one of merged; got 'merge'\. Did you mean 'merged'\?"):
-        export(run, "merge", tmp_path / "out")
+def test_into_a_relative_folder_below_new_ones(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert export(llama, "slices", "new/folders/out") == Path("new/folders/out")
+    assert entries(tmp_path / "new" / "folders") == ["out"]
 
 
-def test_out_is_taken(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        ("merge", {}, r"one of merged, lora, slices; got 'merge'\. Did you mean 'merged'\?"),
+        ("merged", {"drop_biases_and_heads": True}, "only lora leaves biases and heads out; merged has all of them"),
+        ("slices", {"verify": False}, "slices are always checked"),
+    ],
+)
+def test_a_wrong_kind_and_settings_it_has_no_use_for(
+    kind: str, options: dict[str, Any], says: str, llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SliceFineError, match=says):
+        export(llama, kind, tmp_path / "out", **options)
+
+
+def test_out_is_taken(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     (tmp_path / "file").touch()
     for name in ("out", "file"):
         with pytest.raises(SliceFineError, match=f"a new or empty folder; .*{name} has something in it"):
-            export(run, "merged", tmp_path / name)
+            export(llama, "merged", tmp_path / name)
     assert entries(tmp_path / "out") == ["mine"]
 
 
-def test_what_is_no_run(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_out_within_the_run_is_refused(kind: str, llama: Path) -> None:
+    with pytest.raises(SliceFineError, match=r"leaves the run as it is; .* Name a folder outside of it"):
+        export(llama, kind, llama / "merged")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
+    kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1234)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(SliceFineError, match=r"The export takes [\d,]{5,} bytes; .* has 1,234 free\. Make room"):
+        export(llama, kind, tmp_path / "new" / "out")
+    assert entries(tmp_path) == []
+
+
+def test_the_space_asked_for_is_the_space_taken(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    taken = (llama.parent / "base" / "model.safetensors").stat().st_size
+    with pytest.raises(SliceFineError) as error:
+        export(llama, "merged", tmp_path / "out")
+    needed = int(str(error.value).split()[3].replace(",", ""))
+    assert 0.8 * taken < needed <= taken
+
+
+@pytest.mark.usefixtures("no_tokenizer")
+@pytest.mark.parametrize("kind", ["merged", "lora"])
+def test_ctrl_c_leaves_nothing(kind: str, llama: Path, tmp_path: Path) -> None:
+    """Sent when the writing begins, and again when all is written and compared."""
+    lines: list[str] = []
+    export(llama, kind, tmp_path / "whole", say=lines.append)
+    for moment in lines:
+
+        def interrupt(line: str, moment: str = moment) -> None:
+            if line == moment:
+                signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            export(llama, kind, tmp_path / "new" / "out", say=interrupt)
+        assert entries(tmp_path) == ["whole"]
+    assert len(lines) == 2
+
+
+def test_what_is_no_run(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(SliceFineError, match=r"nothing is not a run or an adapter .* Name a run folder"):
         export(tmp_path / "nothing", "merged", tmp_path / "out")
-    (run / "adapter" / "config.json").unlink()
+    shutil.copytree(llama, tmp_path / "adapter")
+    (tmp_path / "adapter" / "config.json").unlink()
     with pytest.raises(SliceFineError, match=r"no config\.json in .*`model\.config\.save_pretrained\(folder\)`"):
-        export(run / "adapter", "merged", tmp_path / "out")
+        export(tmp_path / "adapter", "merged", tmp_path / "out")
 
 
-def test_a_task_that_cannot_be_exported(run: Path, tmp_path: Path) -> None:
-    path = run / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": "CAUSAL_LM"}))
-    with pytest.raises(SliceFineError, match=r"task_type of SEQ_CLS can be exported; .* has 'CAUSAL_LM'"):
-        export(run, "merged", tmp_path / "out")
+def test_a_task_that_cannot_be_exported(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": None}))
+    with pytest.raises(SliceFineError, match=r"task_type of CAUSAL_LM, SEQ_CLS, .* can be exported; .* has None"):
+        export(path.parent, "merged", tmp_path / "out")
 
 
-def test_another_base_model_leaves_nothing(run: Path, settings: dict[str, Any], tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(settings["model.name"], other)
-    model = BertModel.from_pretrained(other)
-    with torch.no_grad():
-        model.encoder.layer[0].attention.self.query.weight[0, 0] += 1
-    model.save_pretrained(other)
-    path = run / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(other)}))
-    before = entries(tmp_path)
-    with pytest.raises(SliceFineError, match="trained on a base with other values"):
-        export(run, "merged", tmp_path / "out")
-    assert entries(tmp_path) == before
+@pytest.mark.usefixtures("no_tokenizer")
+@pytest.mark.parametrize("shards", ["1GB", "5KB"])
+def test_a_base_in_the_cache_of_the_hub(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = exporting.trained_adapter(tmp_path, tiny.llama(), shards=shards)
+    path = adapter / "adapter_config.json"
+    export(adapter, "merged", tmp_path / "local")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "owner/name"}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SliceFineError, match=r"base model 'owner/name', .* did not load"):
+        export(adapter, "merged", tmp_path / "out")
+    repository = tmp_path / "cache" / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    (tmp_path / "base").rename(repository / "snapshots" / ("0" * 40))
+    for kind in ("merged", "lora"):
+        export(adapter, kind, tmp_path / kind)
+    assert exporting.differing(tmp_path / "merged", tmp_path / "local") == []
 
 
-def test_a_failed_write_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_tokenizer")
+def test_a_model_of_images_is_exported_without_comparison(tmp_path: Path) -> None:
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    adapter = exporting.trained_adapter(tmp_path, ViTModel(config), task="FEATURE_EXTRACTION", steps=0)
+    with pytest.raises(SliceFineError, match=r"ViTModel takes pixel_values\. Export it with --no_verify"):
+        export(adapter, "merged", tmp_path / "out")
+    export(adapter, "merged", tmp_path / "out", verify=False)
+    assert exporting.differing(tmp_path / "out", tmp_path / "base") == []
+
+
+def test_a_failed_write_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Any, folder: Path, **kwargs: Any) -> None:
-        Path(folder).mkdir()
         (Path(folder) / "half").touch()
         raise OSError("No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
-    before = entries(tmp_path)
-    with pytest.raises(OSError, match="No space"):
-        export(run, "merged", tmp_path / "out")
-    assert entries(tmp_path) == before
+    with pytest.raises(SliceFineError, match="failed, and nothing of it is left: No space"):
+        export(llama, "merged", tmp_path / "out")
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.usefixtures("no_tokenizer")
+def test_a_model_with_code_of_its_own(tmp_path: Path) -> None:
+    """Its code is run if that is allowed, and goes into the export."""
+    adapter = exporting.trained_adapter(tmp_path, tiny.llama())
+    for folder in (tmp_path / "base", adapter):
+        config = json.loads((folder / "config.json").read_text()) | {
+            "model_type": "mine",
+            "auto_map": {
+                "AutoConfig": "configuration_mine.MyConfig",
+                "AutoModelForCausalLM": "modeling_mine.MyLlama",
+            },
+        }
+        (folder / "configuration_mine.py").write_text(
+            "from transformers import LlamaConfig\n\n\nclass MyConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        )
+        (folder / "modeling_mine.py").write_text(
+            "from transformers import LlamaForCausalLM\n\nfrom .configuration_mine import MyConfig\n\n\n"
+            "class MyLlama(LlamaForCausalLM):\n    config_class = MyConfig\n"
+        )
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SliceFineError, match=r"code of its own, .* allow it with --trust_remote_code\."):
+        export(adapter, "merged", tmp_path / "out")
+    export(adapter, "merged", tmp_path / "out", trust_remote_code=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(loaded).__name__ == "MyLlama"
+    assert {"modeling_mine.py", "configuration_mine.py"} <= set(entries(tmp_path / "out"))

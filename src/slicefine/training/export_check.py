@@ -1,0 +1,55 @@
+"""Is an exported model the trained one? Its logits say so, bit by bit."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slicefine.errors import SliceFineError
+from slicefine.training.export_source import Source
+
+TOKENS = 16
+
+
+def verify(source: Source, folder: Path) -> None:
+    """Raise `SliceFineError` unless the model in `folder` has the very logits of the trained one, in the dtype of its base.
+
+    One model is in memory at a time.
+    """
+    model: Any = source.load_trained()
+    expected = logits(model)
+    del model
+    gc.collect()
+    made = logits(source.model_class.from_pretrained(folder, dtype="auto", **source.trust))
+    if expected.dtype != made.dtype or not torch.equal(expected, made):
+        raise SliceFineError(
+            f"The exported model does not compute what the trained one does: its logits are {made.dtype} and differ by up to "
+            f"{float((made.double() - expected.double()).abs().max()):.2g}; nothing was written. If the model's own code draws random numbers, "
+            "export with --no_verify; if not, report this with the model's name."
+        )
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """The logits, or the first output, for a fixed batch of random tokens."""
+    _align(model)
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    # Decoders that classify need a padding token to take more than one text.
+    size = 1 if config.pad_token_id is None else 2, min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
+    tokens = torch.randint(0, config.vocab_size, size, generator=generator)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    output = model.eval()(**inputs)
+    return output["logits"] if "logits" in output else output[0]
+
+
+def _align(model: nn.Module) -> None:
+    """Move what was mapped from files, at any address, to memory of torch's own: fast kernels sum in an order that depends on it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()

@@ -146,6 +146,24 @@ def test_the_same_base_in_another_dtype_is_recognised(tmp_path):
         PeftModel.from_pretrained(base.float(), tmp_path)
 
 
+@pytest.mark.parametrize("steps", [0, 2, 3, 6])
+def test_loading_in_another_dtype_changes_nothing_but_what_was_trained(tmp_path, steps):
+    """Just after a move the parameter holds values of the base, rounded to the dtype it was trained in."""
+    saved(tmp_path, steps=steps, dtype=torch.bfloat16)
+    wide = mlp()  # what the bf16 base was rounded from
+    loaded = PeftModel.from_pretrained(copy.deepcopy(wide), tmp_path, is_trainable=True)
+    for name, pieces in touched_slices(loaded).items():
+        present = loaded.base_model.model.get_submodule(name).base_layer.weight.detach().clone()
+        original = wide.get_submodule(name).weight.detach()
+        for piece in pieces:
+            across = (piece.indices, slice(None)) if piece.axis == "row" else (slice(None), piece.indices)
+            present[across] = original[across]
+        assert torch.equal(present, original)
+    loaded.eval()
+    fit(loaded.train(), 4)
+    assert not differences(loaded.unload(), wide)
+
+
 # ---------------------------------------------------------------------- refused, and nothing changed
 
 

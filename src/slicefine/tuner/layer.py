@@ -162,8 +162,9 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> Any:
         """As `nn.Module.train`."""
-        self._take_in()
-        if not mode:
+        if mode:
+            self._take_in()
+        else:
             self.check_written()
         return super().train(mode)
 
@@ -172,7 +173,8 @@ class SliceLinear(nn.Module, BaseTunerLayer):
 
         Args:
             step: optimizer steps made when it was saved.
-            master: fp32, the whole parameter; in its corner the slice that is active at `step`.
+            master: fp32, the whole parameter; in its corner the slice that is active at `step`. It is taken if a step has trained
+                it there; just after a move the weight knows better, in whatever dtype.
             values: `"row"` -> `(rows, d_in)`, `"column"` -> `(columns, d_out)`: final values of what was touched.
             bias: fp32, `(d_out,)`, or None if the adapter trains no bias.
         """
@@ -194,10 +196,11 @@ class SliceLinear(nn.Module, BaseTunerLayer):
                 self.slicefine_bias[adapter].copy_(bias)
                 self.base_layer.bias.copy_(bias)
         self._occupy(adapter, state.schedule.slice_at(step, self.shape))
-        with torch.no_grad():
-            self.slicefine_weight[adapter].copy_(master)
+        if step and state.schedule.moves(step) == state.schedule.moves(step - 1):
+            with torch.no_grad():
+                self.slicefine_weight[adapter].copy_(master)
+            self._write(adapter)
         self._declare(adapter)
-        self._write(adapter)
         self._settle()
 
     def delete_adapter(self, adapter_name: str) -> None:

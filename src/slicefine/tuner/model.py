@@ -243,7 +243,8 @@ class SliceFineModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Load the artifact into the layers, or refuse it as a whole; hand the rest to PEFT."""
         layers = {artifact.bare(name): layer for name, layer in _layers(model, adapter_name).items()}
-        arrival = next((layer.arrival for layer in layers.values() if layer.arrival is not None), None)
+        awaited = (layer.arrival for layer in layers.values())
+        arrival = next((a for a in awaited if a is not None and a.adapter == adapter_name), None)
         if arrival is not None:
             arrival.end()
         ours = {key: tensor for key, tensor in state_dict.items() if artifact.is_ours(key)}

@@ -1,0 +1,115 @@
+"""`slicefine evaluate RUN_OR_MODEL --suite commonsense|math`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from argparse import ArgumentError
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+from slicefine.cli.quiet import quiet
+from slicefine.evaluation.settings import ENGINES, Settings
+from slicefine.evaluation.suites import SUITES
+from slicefine.training.extras import require_train
+
+if TYPE_CHECKING:
+    from slicefine.evaluation.results import Results
+
+NAME = "evaluate"
+HELP = "Score a run, an adapter or a plain model on the commonsense or math suite, by the published protocol."
+
+
+def add(parser: ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.usage = (
+        "slicefine evaluate RUN_OR_MODEL --suite commonsense|math [--tasks TASK ...] [--data DIR] [--limit N] ..."
+    )
+    tasks = "; ".join(f"{name}: {', '.join(task.name for task in suite.tasks)}" for name, suite in SUITES.items())
+    published = ", ".join(f"{suite.max_new_tokens} for {name}" for name, suite in SUITES.items())
+    parser.add_argument(
+        "model",
+        type=str,
+        metavar="RUN_OR_MODEL",
+        help="Run folder, adapter folder, model folder, or a model of the hub",
+    )
+    parser.add_argument("--suite", type=str, required=True, help=f"What to score: {' or '.join(SUITES)}")
+    parser.add_argument(
+        "--tasks", type=str, nargs="+", metavar="TASK", help=f"Tasks of the suite; null = all ({tasks})"
+    )
+    parser.add_argument(
+        "--data", type=str, metavar="DIR", help="Folder with <task>/test.jsonl or test.json; null = the hub"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="First questions of each task; null = all")
+    parser.add_argument(
+        "--output",
+        type=str,
+        metavar="DIR",
+        help="Folder of answers and results; null = evaluation/<suite> in the run",
+    )
+    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="Questions per forward pass")
+    parser.add_argument(
+        "--max_new_tokens", type=int, metavar="N", help=f"Longest answer, in tokens; null = {published}"
+    )
+    parser.add_argument(
+        "--num_beams", type=int, default=1, metavar="N", help="Beams of the search; 1 = greedy (LLM-Adapters use 4)"
+    )
+    parser.add_argument(
+        "--train_data",
+        type=str,
+        nargs="+",
+        metavar="FILE",
+        help="Training examples to look for test questions in; null = those of the run",
+    )
+    parser.add_argument(
+        "--allow_contamination", action="store_true", help="Go on if training examples are test questions"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Drop the answers there are, and do not go on with them"
+    )
+    parser.add_argument(
+        "--engine", type=str, default="generate", help=f"{' or '.join(ENGINES)}; lm-eval = lm-evaluation-harness"
+    )
+
+
+def explain(error: ArgumentError) -> str | None:
+    """What is wrong with the value of a flag, in our words. All that are not texts are whole numbers."""
+    key = re.search(r'Parser key "([\w.]+)"', str(error))
+    value = re.search(r"(?:Got|Given) value: (.*)\Z", str(error), re.DOTALL)
+    return f"`--{key[1]}` is a whole number; got {value[1]}." if key and value else None
+
+
+def run(given: Any) -> int:
+    """Evaluate and print the table; returns 0, or 130 after Ctrl-C."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    values = {name: value for name, value in vars(given).items() if name in names and value is not None}
+    for name in ("tasks", "train_data"):
+        if name in values:
+            values[name] = tuple(part for word in values[name] for part in word.split(",") if part)
+    settings = Settings(**values)
+    require_train()
+    quiet()
+    from slicefine.evaluation.run import evaluate
+
+    result = evaluate(settings)
+    print(summary(result))
+    return 130 if result.status == "interrupted" else 0
+
+
+def summary(result: Results) -> str:
+    """The table, and what to know of how it came about."""
+    lines = [result.table()] if result.tasks else []
+    if result.contamination and result.contamination["rows"]:
+        counts = ", ".join(f"{task} {count}" for task, count in result.contamination["questions"].items())
+        lines.append(f"contaminated: questions that the model was trained on: {counts}")
+    session = result.sessions[-1]
+    if "tokens_per_second" in session:
+        how = "greedy" if result.num_beams == 1 else f"{result.num_beams} beams"
+        lines.append(
+            f"{how}, at most {result.max_new_tokens} tokens; {session['answers']} answers in {session['seconds']:.1f} s, "
+            f"{session['tokens_per_second']:.0f} tokens/s"
+        )
+    if result.status == "interrupted":
+        lines.append("Interrupted; finished answers are kept. The same command goes on.")
+    return "\n".join(lines)

@@ -25,6 +25,7 @@ bench: $(READY)  ## measure step time, memory, start-up and exchanges; writes in
 	$(RUN) benchmarks/saved_activations.py
 	$(RUN) benchmarks/startup.py
 	$(RUN) benchmarks/exchange.py
+	$(RUN) benchmarks/preflight.py
 
 clean:  ## remove the virtual environment and the demo's run
 	rm -rf $(VENV) runs/demo

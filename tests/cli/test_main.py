@@ -35,7 +35,7 @@ def test_help_version_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     nothing = capsys.readouterr().out
     assert nothing == help_of(capsys)
-    for verb in ("train", "export", "demo"):
+    for verb in ("train", "evaluate", "export", "recipes", "demo"):
         assert re.search(rf"^ +{verb} +\S", nothing, re.MULTILINE)
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
@@ -78,13 +78,16 @@ def test_help_of_train_names_every_setting_with_its_default(
 
 def test_the_flags_of_train_are_a_decision(capsys: pytest.CaptureFixture[str]) -> None:
     flags = set(re.findall(r"--([\w.]+)", help_of(capsys, "train")))
-    assert flags == {"help", "resume", "allow_inexact_resume", "section.setting", *schema.settings(Recipe)}
+    assert flags == {"help", "resume", "allow_inexact_resume", "smoke", "section.setting", *schema.settings(Recipe)}
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["trian"], "There is no verb 'trian'; there are train, export, demo. Did you mean 'train'?"),
+        (
+            ["trian"],
+            "There is no verb 'trian'; there are train, evaluate, export, recipes, demo. Did you mean 'train'?",
+        ),
         (["--verison"], "There is no argument '--verison' here. Did you mean '--version'?"),
         (["train", "r.yaml", "--r", "3"], "There is no argument '--r' here."),
         (["train", "r.yaml", "--training.bf16"], "--training.bf16 takes a value: --training.bf16 VALUE"),
@@ -100,7 +103,7 @@ def test_the_flags_of_train_are_a_decision(capsys: pytest.CaptureFixture[str]) -
         (["train", "a.yaml", "b.yaml"], "no argument 'b.yaml' here"),
         (["export", "run"], "OUT is missing."),
         (["export", "run", "out", "--az", "merged"], "no argument '--az' here. Did you mean '--as'?"),
-        (["export", "run", "out", "--as", "merge"], "one of merged; got 'merge'. Did you mean 'merged'?"),
+        (["export", "run", "out", "--as", "merge"], "one of merged, lora, slices; got 'merge'. Did you mean 'merged'?"),
         (["export", "absent", "out"], "absent is not a run or an adapter"),
     ],
 )

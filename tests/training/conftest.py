@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from slicefine.training.recipe import Recipe
 
@@ -83,3 +91,69 @@ def settings(model_folder: Path, data_file: Path, tmp_path: Path) -> dict[str, A
 @pytest.fixture
 def recipe(settings: dict[str, Any]) -> Recipe:
     return Recipe.from_flat(settings)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte; begins texts with `<s>` as Llama's does, and has no pad token."""
+    vocabulary = {
+        mark: number for number, mark in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
+    tokens = Tokenizer(models.BPE(vocabulary, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", model_max_length=512
+    )
+    tokenizer.add_bos_token = True
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with random weights, two layers of 32 features, and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("lm")
+    byte_tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        attention_dropout=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def sums(count: int) -> list[dict[str, str]]:
+    """`count` instructions with their answers."""
+    draw = random.Random(0)
+    pairs = [(draw.randint(1, 99), draw.randint(1, 99)) for _ in range(count)]
+    return [{"instruction": f"Add {a} and {b}.", "input": "", "output": f"It is {a + b}."} for a, b in pairs]
+
+
+@pytest.fixture
+def lm_settings(lm_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """Dotted settings of a run of 12 steps with 2 moves over instructions."""
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(sums(30), indent=1), encoding="utf-8")
+    return {
+        "task": "causal-lm",
+        "model.name": str(lm_folder),
+        "data.train": str(path),
+        "data.validation": 0.2,
+        "data.max_length": 256,
+        "output": str(tmp_path / "run"),
+        "slice.r": 2,
+        "slice.slide_every": 4,
+        "training.learning_rate": 5e-3,
+        "training.per_device_train_batch_size": 4,
+        "training.num_train_epochs": 2,
+        "training.logging_steps": 2,
+        "training.report_to": "none",
+    }

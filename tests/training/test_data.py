@@ -27,8 +27,11 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
         b'\xef\xbb\xbflabel,other,text\r\n1,x,"None, ""quoted""\nand two lines"\r\n\r\nb,y,\xc3\xa9\r\n'
     )
     datasets.Dataset.from_list([{"other": 0, **row} for row in rows]).to_parquet(tmp_path / "a.parquet")
-    jsonl, csv, parquet = (read_table(str(tmp_path / f"a.{kind}"), COLUMNS) for kind in ("jsonl", "csv", "parquet"))
-    assert jsonl.rows == csv.rows == parquet.rows == rows
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=2))
+    kinds = ("jsonl", "json", "csv", "parquet")
+    jsonl, as_list, csv, parquet = (read_table(str(tmp_path / f"a.{kind}"), COLUMNS) for kind in kinds)
+    assert jsonl.rows == as_list.rows == csv.rows == parquet.rows == rows
+    assert as_list.places == [f"{tmp_path / 'a.json'}:2 (row 1)", f"{tmp_path / 'a.json'}:6 (row 2)"]
     assert jsonl.places == [f"{tmp_path / 'a.jsonl'}:1", f"{tmp_path / 'a.jsonl'}:3"]
     assert csv.places == [f"{tmp_path / 'a.csv'}:3", f"{tmp_path / 'a.csv'}:5"]  # the line a row ends in
     assert parquet.places == [f"{tmp_path / 'a.parquet'}, row 1", f"{tmp_path / 'a.parquet'}, row 2"]
@@ -55,7 +58,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_unknown_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").touch()
-    with pytest.raises(SliceFineError, match=r"A data file is \.jsonl, \.csv, \.parquet; got .*a\.tsv"):
+    with pytest.raises(SliceFineError, match=r"A data file is \.jsonl, \.json, \.csv, \.parquet; got .*a\.tsv"):
         read_table(str(tmp_path / "a.tsv"), COLUMNS)
 
 
@@ -67,6 +70,36 @@ def test_broken_jsonl(tmp_path: Path) -> None:
     assert f"{path}:3: each line is a JSON object; got '[1]'" in message
     assert f"{path}:4: no column 'label'; there are 'text'." in message
     assert f"{path}:5: '\\ud800' is half of a surrogate pair" in message
+
+
+def test_all_columns(tmp_path: Path) -> None:
+    rows = [{"b": "1", "a": "2"}, {"b": "3", "a": "4"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.csv").write_text("b,a\n1,2\n3,4\n")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert [read_table(str(tmp_path / f"a.{kind}"), None).rows for kind in ("jsonl", "json", "csv", "parquet")] == [
+        rows
+    ] * 4
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('[\n {"text": "a",\n  "label": }\n]', ":3: not valid JSON at character 12"),
+        ('[\n {"text": "a", "label": 1},\n]', ":3: not valid JSON"),
+        ('{"text": "a", "label": 1}\n{"text": "b", "label": 1}', "It looks like one object a line: name it .jsonl."),
+        ('{"text": "a"}', "a .json file is a list of objects; got"),
+        (
+            '[{"text": "a", "label": 1},\n\n [1], "x"]',
+            ":3 (row 2): each element of the list is a JSON object; got '[1]'",
+        ),
+        ('[{"text": [["a"], []], "label": 1},\n {"text": "b"}]', ":2 (row 2): no column 'label'; there are 'text'."),
+        ('[{"text": "\\ud800", "label": 1}]', ":1 (row 1): '\\ud800' is half of a surrogate pair"),
+    ],
+)
+def test_broken_json(tmp_path: Path, content: str, says: str) -> None:
+    assert says in refusal(tmp_path / "a.json", content)
 
 
 def test_broken_csv(tmp_path: Path) -> None:

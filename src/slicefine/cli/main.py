@@ -36,11 +36,11 @@ def _run(arguments: list[str]) -> int:
     try:
         from jsonargparse import ArgumentParser
 
-        from slicefine.cli import demo, export, train
+        from slicefine.cli import demo, evaluate, export, recipes, train
     except ModuleNotFoundError as error:
         raise SliceFineError(f"The command line needs {error.name}: pip install 'slicefine[train]'") from error
 
-    verbs = {module.NAME: module for module in (train, export, demo)}
+    verbs = {module.NAME: module for module in (train, evaluate, export, recipes, demo)}
     parser = ArgumentParser(
         prog="slicefine",
         description="Fine-tune pretrained models by training sliding slices of the weights that are already there.",
@@ -74,9 +74,9 @@ def _in_words(error: ArgumentError, verbs: list[str], help_text: str) -> str:
         return f"There is no verb {found[1]!r}; there are {', '.join(verbs)}.{did_you_mean(found[1], verbs)}"
     if found := re.search(r"(?:unrecognized arguments|ambiguous option): (\S+)", text):
         word = found[1].partition("=")[0]
-        flags = sorted(set(re.findall(r"--[\w.]+", help_text)))
+        flags = sorted(set(re.findall(r"--[\w.-]+", help_text)))
         return f"There is no argument {word!r} here.{did_you_mean(word, flags)} See --help."
-    if found := re.search(r"argument (--[\w.]+).*expected one argument", text):
+    if found := re.search(r"argument (--[\w.-]+).*expected (?:at least )?one argument", text):
         return f"{found[1]} takes a value: {found[1]} VALUE (true or false for a switch). See --help."
     if found := re.search(r"arguments are required: (.*)", text):
         missing = [name.rpartition(".")[2].upper() for name in found[1].split(", ")]

@@ -1,4 +1,4 @@
-"""`slicefine train RECIPE.yaml [--slice.r 5 ...] [--resume [--allow_inexact_resume]]`."""
+"""`slicefine train RECIPE [--slice.r 5 ...] [--resume [--allow_inexact_resume]] [--smoke]`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser
 
 from slicefine.cli.quiet import quiet
+from slicefine.errors import SliceFineError
 from slicefine.training import schema
 from slicefine.training.extras import require_train
 from slicefine.training.recipe import Recipe
+from slicefine.training.shipped import find
 
 if TYPE_CHECKING:
     from slicefine.training.record import RunRecord
@@ -22,8 +24,15 @@ HELP = "Fine-tune a model as a recipe says; every setting of the recipe can be g
 
 def add(parser: ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.usage = "slicefine train RECIPE.yaml [--resume [--allow_inexact_resume]] [--section.setting VALUE ...]"
-    parser.add_argument("recipe", type=str, metavar="RECIPE.yaml", help="The recipe")
+    parser.usage = "slicefine train RECIPE [--smoke | --resume [--allow_inexact_resume]] [--section.setting VALUE ...]"
+    parser.add_argument(
+        "recipe", type=str, metavar="RECIPE", help="YAML file, or a name that `slicefine recipes` lists"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="Try the recipe in a minute: a tiny random model of the same architecture, few rows, four steps, a temporary folder",
+    )
     parser.add_argument("--resume", action="store_true", help="Go on from the last checkpoint of the run in `output`")
     parser.add_argument(
         "--allow_inexact_resume",
@@ -41,9 +50,11 @@ def explain(error: ArgumentError) -> str | None:
 def run(given: Any) -> int:
     """Train; returns 0, or 130 after Ctrl-C."""
     overrides = {key: value for key, value in vars(given.as_flat()).items() if key in schema.settings(Recipe)}
-    recipe = Recipe.load(given.recipe, overrides)
+    recipe = Recipe.load(find(given.recipe), overrides)
     require_train()
     quiet()
+    if given.get("smoke"):
+        return _smoke(recipe, bool(given.get("resume")))
     from slicefine.training.run import train
 
     record = train(
@@ -53,6 +64,24 @@ def run(given: Any) -> int:
     )
     print(summary(record, recipe.output))
     return 130 if record.status == "interrupted" else 0
+
+
+def _smoke(recipe: Recipe, resume: bool) -> int:
+    import shutil
+    import tempfile
+    from pathlib import Path
+
+    from slicefine.training.smoke import smoke
+
+    if resume:
+        raise SliceFineError("--smoke begins a run of its own; it cannot be resumed. Leave out --smoke or --resume.")
+    folder = Path(tempfile.mkdtemp(prefix="slicefine-smoke-"))
+    try:
+        print("", *smoke(recipe, folder), sep="\n")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return 0
 
 
 def summary(record: RunRecord, output: str) -> str:

@@ -15,7 +15,6 @@ from transformers import GreedyLR, TrainerCallback, TrainerControl, TrainerState
 
 from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.slicing import Slice
-from slicefine.tuner.guards import check_written
 from slicefine.tuner.inspection import active_slices, unmoved, update_norm, update_norms
 from slicefine.tuner.layer import SliceLinear
 
@@ -90,7 +89,7 @@ class SliceFineCallback(TrainerCallback):
         if logs is None or model is None or "loss" not in logs:  # a validation, or the summary at the end
             return
         for layer in self._layers.values():
-            check_written(layer)
+            layer.check_written()
         norms = update_norms(model).values()
         values = {
             "slicefine/moves": self._moves,
@@ -113,7 +112,7 @@ class SliceFineCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         for layer in self._layers.values():
-            check_written(layer)
+            layer.check_written()
         still = unmoved(model)
         if still:
             more = f" and {len(still) - SHOWN_NAMES} more" if len(still) > SHOWN_NAMES else ""

@@ -1,4 +1,4 @@
-"""Tables of examples from .jsonl, .csv and .parquet files and from the hub.
+"""Tables of examples from .jsonl, .json, .csv and .parquet files and from the hub.
 
 Text files are read here line by line and not by `datasets`, so that a mistake is reported with its line, and nothing is
 guessed: pandas would turn the word "None" into a missing value, and a column of digits into numbers.
@@ -9,20 +9,25 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slicefine.errors import SliceFineError, did_you_mean
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
+if TYPE_CHECKING:
+    from slicefine.training.recipe import DataSettings
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SHOWN_PROBLEMS = 10
+_GAP = re.compile(r"[\s,]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of one source, with the columns that were asked for."""
+    """Rows of one source, with the columns that were asked for, or with all of them."""
 
     source: str
     """File or hub name."""
@@ -37,8 +42,8 @@ class Table:
     """Names of the classes of a column, where the source declares them (hub)."""
 
 
-def read_table(source: str, columns: list[str], *, subset: str | None = None, split: str = "train") -> Table:
-    """Read `columns` of a file, or of a hub data set (`subset`, `split`).
+def read_table(source: str, columns: list[str] | None, *, subset: str | None = None, split: str = "train") -> Table:
+    """Read `columns` of a file, or of a hub data set (`subset`, `split`); all that there are if `columns` is None.
 
     Raises `SliceFineError` with every problem found: a missing file or column, a line that is not JSON, not UTF-8 or not
     as long as the header.
@@ -49,18 +54,29 @@ def read_table(source: str, columns: list[str], *, subset: str | None = None, sp
     return _read_hub(source, columns, subset, split)
 
 
+def read_tables(data: DataSettings, columns: list[str] | None) -> dict[str, Table]:
+    """`"train"`, and `"validation"` unless it is a fraction of train. Raises as `read_table`."""
+    tables = {"train": read_table(data.train, columns, subset=data.subset, split=data.train_split)}
+    if isinstance(data.validation, str):
+        is_split = not Path(data.train).exists() and Path(data.validation).suffix.lower() not in SUFFIXES
+        tables["validation"] = read_table(
+            data.train if is_split else data.validation, columns, subset=data.subset, split=data.validation
+        )
+    return tables
+
+
 def shorten(problems: list[str]) -> list[str]:
     """The first problems, and how many there are more."""
     more = len(problems) - SHOWN_PROBLEMS
     return problems if more <= 0 else [*problems[:SHOWN_PROBLEMS], f"and {more} more like these."]
 
 
-def _read_file(path: Path, columns: list[str]) -> Table:
+def _read_file(path: Path, columns: list[str] | None) -> Table:
     if not path.is_file():
         near = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
         found = "is a folder" if path.is_dir() else "does not exist"
         raise SliceFineError(f"The data file {path} {found}.{did_you_mean(path.name, near)}")
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise SliceFineError(
@@ -94,30 +110,76 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
                 )
 
 
-def _jsonl(path: Path, columns: list[str], problems: list[str]) -> Rows:
+def _jsonl(path: Path, columns: list[str] | None, problems: list[str]) -> Rows:
     for number, line in _lines(path, problems):
         if not line.strip():
             continue
+        place = f"{path}:{number}"
         try:
             row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number}: not valid JSON at character {error.pos + 1} ({error.msg}).")
-            continue
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            problems.append(f"{path}:{number}: {half} is half of a surrogate pair, which is no character.")
+            problems.append(f"{place}: not valid JSON at character {error.pos + 1} ({error.msg}).")
             continue
         if not isinstance(row, dict):
-            problems.append(f"{path}:{number}: each line is a JSON object; got {line.strip()[:40]!r}.")
-            continue
-        if missing := _missing(columns, list(row)):
-            problems.append(f"{path}:{number}: {missing}")
-            continue
-        yield f"{path}:{number}", {column: row[column] for column in columns}
+            problems.append(f"{place}: each line is a JSON object; got {line.strip()[:40]!r}.")
+        elif problem := _object_problem(row, columns):
+            problems.append(f"{place}: {problem}")
+        else:
+            yield place, _picked(row, columns)
 
 
-def _csv(path: Path, columns: list[str], problems: list[str]) -> Rows:
+def _json(path: Path, columns: list[str] | None, problems: list[str]) -> Rows:
+    text = "".join(line for _, line in _lines(path, problems))
+    if problems:
+        return
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        lines = " It looks like one object a line: name it .jsonl." if error.msg == "Extra data" else ""
+        problems.append(f"{path}:{error.lineno}: not valid JSON at character {error.colno} ({error.msg}).{lines}")
+        return
+    if not isinstance(content, list):
+        problems.append(f"{path}: a .json file is a list of objects; got {text.strip()[:40]!r}.")
+        return
+    for number, (line, row) in enumerate(zip(_first_lines(text), content, strict=True), 1):
+        place = f"{path}:{line} (row {number})"  # many rows may stand in one line
+        if not isinstance(row, dict):
+            problems.append(f"{place}: each element of the list is a JSON object; got {str(row)[:40]!r}.")
+        elif problem := _object_problem(row, columns):
+            problems.append(f"{place}: {problem}")
+        else:
+            yield place, _picked(row, columns)
+
+
+def _first_lines(text: str) -> Iterator[int]:
+    """The line in which each element of a JSON list begins. The text must be valid."""
+    decoder = json.JSONDecoder()
+    line, counted, at = 1, 0, _end(re.match(r"\s*\[\s*", text))
+    while at < len(text) and text[at] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        yield line
+        _, at = decoder.raw_decode(text, at)
+        at = _end(_GAP.match(text, at))
+
+
+def _end(found: re.Match[str] | None) -> int:
+    assert found is not None  # the pattern matches nothing as well
+    return found.end()
+
+
+def _object_problem(row: dict[str, Any], columns: list[str] | None) -> str | None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"{error.object[error.start]!a} is half of a surrogate pair, which is no character."
+    return _missing(columns, list(row))
+
+
+def _picked(row: dict[str, Any], columns: list[str] | None) -> dict[str, Any]:
+    return row if columns is None else {column: row[column] for column in columns}
+
+
+def _csv(path: Path, columns: list[str] | None, problems: list[str]) -> Rows:
     reader = csv.reader((line for _, line in _lines(path, problems)), strict=True)
     header: list[str] | None = None
     try:
@@ -136,8 +198,7 @@ def _csv(path: Path, columns: list[str], problems: list[str]) -> Rows:
                     'comma in it goes between double quotes ("...").'
                 )
                 continue
-            row = dict(zip(header, fields, strict=True))
-            yield f"{path}:{reader.line_num}", {column: row[column] for column in columns}
+            yield f"{path}:{reader.line_num}", _picked(dict(zip(header, fields, strict=True)), columns)
     except csv.Error as error:
         problems.append(f"{path}:{reader.line_num}: not valid CSV ({error}).")
 
@@ -150,7 +211,7 @@ def _other_separator(header: list[str]) -> str | None:
     return f"the columns of a CSV file are separated by commas, these by {found!r}. Save the file with commas."
 
 
-def _parquet(path: Path, columns: list[str], problems: list[str]) -> Rows:
+def _parquet(path: Path, columns: list[str] | None, problems: list[str]) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -168,7 +229,7 @@ def _parquet(path: Path, columns: list[str], problems: list[str]) -> Rows:
         problems.append(f"{path}: not a complete Parquet file ({str(error).splitlines()[0]}).")
 
 
-def _read_hub(source: str, columns: list[str], subset: str | None, split: str) -> Table:
+def _read_hub(source: str, columns: list[str] | None, subset: str | None, split: str) -> Table:
     import datasets
 
     try:
@@ -181,7 +242,8 @@ def _read_hub(source: str, columns: list[str], subset: str | None, split: str) -
     assert isinstance(dataset, datasets.Dataset)
     if missing := _missing(columns, dataset.column_names):
         raise SliceFineError(f"{source}, split {split}: {missing}")
-    dataset = dataset.select_columns(columns)
+    if columns is not None:
+        dataset = dataset.select_columns(columns)
     return Table(
         source=source if subset is None else f"{source} ({subset})",
         fingerprint=dataset._fingerprint,
@@ -194,8 +256,8 @@ def _read_hub(source: str, columns: list[str], subset: str | None, split: str) -
     )
 
 
-def _missing(columns: list[str], present: list[str]) -> str | None:
-    missing = [column for column in columns if column not in present]
+def _missing(columns: list[str] | None, present: list[str]) -> str | None:
+    missing = [column for column in columns or [] if column not in present]
     if not missing:
         return None
     named = ", ".join(repr(column) for column in missing)

@@ -12,6 +12,7 @@ TRAIN = {
     "sklearn": "scikit-learn",
     "tensorboard": "tensorboard",
     "transformers": "transformers",
+    "trl": "trl",
     "yaml": "pyyaml",
 }
 

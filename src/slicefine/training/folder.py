@@ -48,6 +48,13 @@ def refuse_used(folder: Path) -> None:
     )
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove a run folder in which nothing has been written yet."""
+    for path in (folder / CHECKPOINTS, folder):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
 def checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path:
     """The checkpoint to go on from. Raises `SliceFineError` if the run in `folder` is over, or not that of `recipe`."""
     if not (folder / RECIPE).is_file():

@@ -29,14 +29,16 @@ class ModelSettings:
     """Hub name, or folder, of the pretrained model and its tokenizer"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto = as they are stored"""
+    architecture: str | None = None
+    """Its model_type in transformers, e.g. llama; for a smoke test (see train) where the model cannot be had"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The examples: .jsonl, .csv or .parquet files, or a data set of the hub."""
+    """The examples: .jsonl, .json, .csv or .parquet files, or a data set of the hub."""
 
     train: str
-    """File (.jsonl, .csv, .parquet), or hub name, of the training examples"""
+    """File (.jsonl, .json, .csv, .parquet), or hub name, of the training examples"""
     validation: float | str = 0.1
     """File, split of the hub data set, or fraction of the training examples to split off (0 to 1)"""
     subset: str | None = None
@@ -45,12 +47,20 @@ class DataSettings:
     """Split of a hub data set to train on"""
     text: str = "text"
     """Column of the text"""
-    text_pair: str | None = None
-    """Column of the second text, for pairs; null = single texts"""
-    label: str = "label"
-    """Column of the label, an integer or a string"""
     max_length: int = 256
-    """Longest input in tokens; what is longer is cut"""
+    """Longest input in tokens; what is longer is cut at its end"""
+    text_pair: str | None = None
+    """text-classification: column of the second text, for pairs; null = single texts"""
+    label: str = "label"
+    """text-classification: column of the label, an integer or a string"""
+    format: Literal["auto", "instruction", "prompt", "chat", "text"] = "auto"
+    """causal-lm: what the columns are; auto = as their names say"""
+    packing: bool = False
+    """causal-lm: put several training examples into one sequence of max_length tokens"""
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
+    """causal-lm: what packing does to long examples: bfd cuts, bfd_split splits, wrapped joins all and cuts anywhere"""
+    fully_cut: Literal["drop", "error"] = "drop"
+    """causal-lm: an example of which max_length leaves nothing to learn: drop (counted and named), or error"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +142,7 @@ class Recipe:
     """All that decides a run."""
 
     task: str
-    """What the model learns: text-classification"""
+    """What the model learns: text-classification or causal-lm"""
     model: ModelSettings
     data: DataSettings
     output: str
@@ -158,7 +168,7 @@ class Recipe:
         problems += [f"`{key}` is missing: {_help(key)}." for key in required if key not in given]
         # What is missing or of another type has been noted; a stand-in lets the other values be checked with it.
         recipe = cls.from_flat(dict.fromkeys(required, next(iter(TASKS))) | values)
-        raise_all(problems + recipe.problems(), f"Recipe {path}")
+        raise_all(problems + recipe.problems(task_known="task" in values), f"Recipe {path}")
         return recipe
 
     @classmethod
@@ -193,8 +203,11 @@ class Recipe:
         }
         return Recipe.from_flat({**self.flat(), **local, "output": str(Path(self.output).resolve())})
 
-    def problems(self) -> list[str]:
-        """Everything that is wrong with the values, one sentence each; empty if nothing is."""
+    def problems(self, *, task_known: bool = True) -> list[str]:
+        """Everything that is wrong with the values, one sentence each; empty if nothing is.
+
+        `task_known`: False if `task` is a stand-in, by which no other setting can be judged.
+        """
         found = []
         values = self.flat()
         if self.task not in TASKS:
@@ -224,11 +237,20 @@ class Recipe:
                 for name in ("subset", "train_split")
                 if values[f"data.{name}"] != schema.settings(Recipe)[f"data.{name}"].default
             ]
-        columns = [column for column in (self.data.text, self.data.text_pair, self.data.label) if column]
-        if len(set(columns)) < len(columns):
-            found.append(
-                f"`data.text`, `data.text_pair` and `data.label` are different columns; got {', '.join(columns)}."
-            )
+        defaults = {key: setting.default for key, setting in schema.settings(Recipe).items()}
+        found += [
+            f"`{key}` is for {task}; this is {self.task}. Leave it out."
+            for key, task in _OF_ONE_TASK.items()
+            if task_known and self.task in TASKS and self.task != task and values[key] != defaults[key]
+        ]
+        if self.task == "text-classification":
+            columns = [column for column in (self.data.text, self.data.text_pair, self.data.label) if column]
+            if len(set(columns)) < len(columns):
+                found.append(
+                    f"`data.text`, `data.text_pair` and `data.label` are different columns; got {', '.join(columns)}."
+                )
+        if self.data.packing_strategy != defaults["data.packing_strategy"] and not self.data.packing:
+            found.append("`data.packing_strategy` says how to pack, and `data.packing` is false. Set it to true.")
         # The schedule names its settings without their section.
         return found + [problem.replace("`", "`slice.", 1) for problem in self.slice_schedule.problems()]
 
@@ -238,6 +260,16 @@ class Recipe:
         names = [item.name for item in dataclasses.fields(Schedule)]
         return Schedule(**{name: getattr(self.slice, name) for name in names})
 
+
+# A setting that a task would pass over is refused.
+_OF_ONE_TASK = {
+    "data.text_pair": "text-classification",
+    "data.label": "text-classification",
+    "data.format": "causal-lm",
+    "data.packing": "causal-lm",
+    "data.packing_strategy": "causal-lm",
+    "data.fully_cut": "causal-lm",
+}
 
 _AT_LEAST = {
     "data.max_length": 1,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from slicefine.errors import SliceFineError
 
 FILE = "record.json"
-PACKAGES = ("slicefine", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+PACKAGES = ("slicefine", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "trl")
 
 
 @dataclass(kw_only=True)
@@ -37,6 +37,8 @@ class RunRecord:
     hardware: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     """Source, fingerprint and size of each set."""
+    notes: list[str] = field(default_factory=list)
+    """What was decided for the user: end and pad tokens, examples that were dropped, what the loss counts."""
     modules_to_save: list[str] = field(default_factory=list)
     """Modules trained in full."""
     parameters: dict[str, int | None] = field(default_factory=dict)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ import transformers
 from peft import get_peft_model
 from peft.peft_model import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     TensorBoardCallback,
@@ -29,7 +30,9 @@ from slicefine.errors import SliceFineError, did_you_mean, raise_all
 from slicefine.training import folder as folders
 from slicefine.training import record as records
 from slicefine.training.callback import SliceFineCallback
+from slicefine.training.checked import CheckedTrainer
 from slicefine.training.hub import model_problem
+from slicefine.training.preflight import preflight
 from slicefine.training.progress import Interrupt, SliceFineProgress, StepTimer
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import RunRecord
@@ -46,7 +49,9 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
     The first Ctrl-C ends the run after the step at hand, with a checkpoint and the status `"interrupted"`; the second
     raises `KeyboardInterrupt` at once.
 
-    Raises `SliceFineError` for what is wrong with recipe, data, model or run folder, before the folder is changed.
+    Raises `SliceFineError` for what is wrong with recipe, data, model or run folder, or is found by trying a first batch
+    (see `preflight.py`), before the folder is changed; and where a loss or gradient is not finite, with the status
+    `"failed"` and a checkpoint of the step before.
     """
     if allow_inexact_resume and not resume:
         raise SliceFineError("--allow_inexact_resume says how to resume; a new run has no use for it. Add --resume.")
@@ -58,8 +63,8 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
         folders.refuse_inexact(checkpoint, allowed=allow_inexact_resume)
     else:
         folders.refuse_used(folder)
-    config, arguments = _slice_config(recipe), _arguments(recipe, folder)
     task = get_task(recipe.task)
+    config, arguments = _slice_config(recipe), _arguments(recipe, task, folder)
     examples = task.read(recipe.data)
     saved = RunRecord.read(folder) if checkpoint else None
     if saved:
@@ -67,13 +72,31 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
 
     transformers.set_seed(recipe.training.seed)
     prepared = task.prepare(recipe, examples)
+    for note in prepared.notes:
+        print(note, file=sys.stderr)
     model = _attach(prepared, config, task)
+    timer, interrupt = StepTimer(), Interrupt()
+    callbacks = [
+        SliceFineCallback(allow_inexact_resume=True),  # what the checkpoint lacks was refused or allowed before
+        *_trackers(recipe, folder),
+        SliceFineProgress(),
+        timer,
+        interrupt,
+    ]
+    try:
+        trainer = _trainer(task, prepared, model, arguments, callbacks)
+        if checkpoint is None:
+            preflight(trainer)
+    except BaseException:
+        folders.remove_empty(folder)  # Trainer makes its own folder as soon as it exists
+        raise
     record = saved or RunRecord(
         task=recipe.task,
         model=recipe.model.name,
         seed=recipe.training.seed,
         started=records.now(),
         data=examples.summary(),
+        notes=prepared.notes,
         modules_to_save=_modules_to_save(model),
         planned_steps=planned_steps(len(prepared.train), recipe),
     )
@@ -87,7 +110,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
     records.write_atomically(folder / folders.RECIPE, recipe.to_yaml())
     record.write(folder)
     try:
-        _run(recipe, arguments, prepared, model, record, checkpoint)
+        _run(recipe, trainer, prepared, timer, interrupt, record, checkpoint)
     except BaseException as error:
         record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         raise
@@ -106,34 +129,43 @@ def planned_steps(examples: int, recipe: Recipe) -> int:
     return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
 
 
-def _run(
-    recipe: Recipe,
-    arguments: TrainingArguments,
+def _trainer(
+    task: Task,
     prepared: Prepared,
     model: PeftModel,
+    arguments: TrainingArguments,
+    callbacks: list[TrainerCallback],
+) -> CheckedTrainer:
+    try:
+        trainer = task.TRAINER(
+            model=cast(Any, model),  # Trainer takes a PeftModel; its annotation does not say so
+            args=arguments,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.validation,
+            processing_class=prepared.tokenizer,
+            data_collator=prepared.collator,
+            compute_metrics=prepared.compute_metrics,
+            callbacks=callbacks,
+        )
+    except SliceFineError:
+        raise
+    except ValueError as error:
+        raise SliceFineError(f"{task.TRAINER.__name__} refuses the recipe: {error}") from error
+    trainer.remove_callback(PrinterCallback)  # Trainer's stand-in for the bar that `disable_tqdm` takes away
+    return trainer
+
+
+def _run(
+    recipe: Recipe,
+    trainer: CheckedTrainer,
+    prepared: Prepared,
+    timer: StepTimer,
+    interrupt: Interrupt,
     record: RunRecord,
     checkpoint: Path | None,
 ) -> None:
     """Validate, train, validate and save; fills `record`."""
-    folder = Path(recipe.output)
-    timer, interrupt = StepTimer(), Interrupt()
-    trainer = Trainer(
-        model=cast(Any, model),  # Trainer takes a PeftModel; its annotation does not say so
-        args=arguments,
-        train_dataset=prepared.train,
-        eval_dataset=prepared.validation,
-        processing_class=prepared.tokenizer,
-        data_collator=prepared.collator,
-        compute_metrics=prepared.compute_metrics,
-        callbacks=[
-            SliceFineCallback(allow_inexact_resume=True),  # what the checkpoint lacks was refused or allowed before
-            *_trackers(recipe, folder),
-            SliceFineProgress(),
-            timer,
-            interrupt,
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)  # Trainer's stand-in for the bar that `disable_tqdm` takes away
+    folder, model = Path(recipe.output), cast(PeftModel, trainer.model)
     if checkpoint is None:
         record.metrics["before"] = _scores(trainer.evaluate())
         record.write(folder)
@@ -205,21 +237,21 @@ def _modules_to_save(model: PeftModel) -> list[str]:
     return sorted(module for module in set(wanted) if any(name.endswith(f".{module}") for name in names))
 
 
-def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+def _arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArguments:
     trackers = [name for name in _report_to(recipe) if name != "tensorboard"]
-    settings: dict[str, Any] = dataclasses.asdict(recipe.training) | {"report_to": trackers or "none"}
+    settings = dataclasses.asdict(recipe.training) | {
+        "report_to": trackers or "none",
+        "output_dir": str(folder / folders.CHECKPOINTS),
+        "eval_strategy": "epoch" if recipe.training.eval_steps is None else "steps",
+        "save_strategy": "epoch" if recipe.training.save_steps is None else "steps",
+        "logging_first_step": True,
+        "label_names": ["labels"],
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "disable_tqdm": True,
+    }
     try:
-        return TrainingArguments(
-            **settings,
-            output_dir=str(folder / folders.CHECKPOINTS),
-            eval_strategy="epoch" if recipe.training.eval_steps is None else "steps",
-            save_strategy="epoch" if recipe.training.save_steps is None else "steps",
-            logging_first_step=True,
-            label_names=["labels"],
-            use_cpu=not torch.accelerator.is_available(),
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            disable_tqdm=True,
-        )
+        return task.arguments(recipe.data, settings)
     except ValueError as error:  # bf16 on a GPU that cannot, say
         raise SliceFineError(f"`training`: transformers refuses these settings: {error}") from error
 

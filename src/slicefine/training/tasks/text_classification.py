@@ -14,20 +14,25 @@ from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainingArguments,
 )
 
 from slicefine.errors import SliceFineError, raise_all
-from slicefine.training.data import SUFFIXES, Table, read_table, shorten
+from slicefine.training.checked import CheckedTrainer
+from slicefine.training.data import Table, read_tables, shorten
 from slicefine.training.recipe import DataSettings, ModelSettings, Recipe
 from slicefine.training.tasks import Prepared
 
 PEFT_TASK_TYPE = "SEQ_CLS"
+TRAINER = CheckedTrainer
+PRETRAINED = AutoModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,11 @@ class Examples:
         return {**self.sources, "classes": self.classes}
 
 
+def arguments(data: DataSettings, settings: dict[str, Any]) -> TrainingArguments:
+    """What `TRAINER` takes beside model and examples."""
+    return TrainingArguments(**settings)
+
+
 def read(data: DataSettings) -> Examples:
     """Read and check the examples and number the classes.
 
@@ -54,12 +64,7 @@ def read(data: DataSettings) -> Examples:
     Raises `SliceFineError` with every problem.
     """
     columns = [column for column in (data.text, data.text_pair, data.label) if column]
-    tables = {"train": read_table(data.train, columns, subset=data.subset, split=data.train_split)}
-    if isinstance(data.validation, str):
-        is_split = not Path(data.train).exists() and Path(data.validation).suffix.lower() not in SUFFIXES
-        tables["validation"] = read_table(
-            data.train if is_split else data.validation, columns, subset=data.subset, split=data.validation
-        )
+    tables = read_tables(data, columns)
     problems = []
     for name, table in tables.items():
         if not table.rows:

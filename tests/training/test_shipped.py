@@ -1,0 +1,168 @@
+"""The recipes that ship, and the smoke test that users give their own."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from slicefine import SliceFineError
+from slicefine.training import shipped
+from slicefine.training.recipe import Recipe
+from slicefine.training.record import RunRecord
+from slicefine.training.smoke import smoke
+
+ROOT = Path(__file__).parents[2]
+MODELS = {"llama-3.2-3b": "llama", "gemma-3-12b": "gemma3", "deepseek-r1-8b": "llama"}
+LANGUAGE = [f"{model}-{task}" for model in MODELS for task in ("commonsense", "math")]
+ROWS = {
+    "commonsense": [
+        {
+            "instruction": "Please answer the following question with true or false, question: can u drive in canada with us license?",
+            "input": "",
+            "output": "the correct answer is true",
+            "answer": "true",
+        },
+        {
+            "instruction": "Please choose the correct solution to the question: How do I ready a guinea pig cage for it's new occupants?\n\n"
+            "Solution1: Provide the guinea pig with a cage full of a few inches of bedding.\n\nSolution2: Provide it with jeans.\n\n"
+            "Answer format: solution1/solution2",
+            "input": "",
+            "output": "the correct answer is solution1",
+            "answer": "solution1",
+        },
+    ],
+    "math": [
+        {
+            "instruction": "Olivia has $23. She bought five bagels for $3 each. How much money does she have left?",
+            "input": "",
+            "output": "Five bagels for $3 each are 5 * 3 = 15 dollars. She has 23 - 15 = 8 dollars left. The answer is 8.",
+            "answer": "8.0",
+        },
+        {
+            "instruction": "A baker made 7 trays of 12 rolls and sold 30. How many rolls are left?",
+            "input": "",
+            "output": "There were 7 * 12 = 84 rolls. 84 - 30 = 54. The answer is 54.",
+            "answer": "54.0",
+        },
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def data_of(task: str, tmp_path: Path) -> str:
+    rows: list[Any] = ROWS.get(task) or [{"text": f"ball {n}", "label": ("a", "b")[n % 2]} for n in range(2)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows * 50))
+    return str(path)
+
+
+def test_what_ships() -> None:
+    assert set(shipped.shipped()) == {*LANGUAGE, "minilm-text-classification"}
+    assert {path.parent for path in shipped.shipped().values()} == {ROOT / "recipes"}
+    for path in shipped.shipped().values():
+        assert len(shipped.headline(path)) > 20
+
+
+def test_the_wheel_has_them_where_they_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert build["force-include"] == {"recipes": "slicefine/recipes"}
+    folder = tmp_path / "slicefine" / "recipes"
+    folder.mkdir(parents=True)
+    (folder / "one.yaml").write_text("# What it is for.\n")
+    monkeypatch.setattr(shipped.slicefine, "__file__", str(tmp_path / "slicefine" / "__init__.py"))
+    assert shipped.find("one") == folder / "one.yaml"
+    assert shipped.headline(folder / "one.yaml") == "What it is for"
+
+
+def test_names_and_paths() -> None:
+    assert shipped.find("llama-3.2-3b-math") == ROOT / "recipes" / "llama-3.2-3b-math.yaml"
+    assert shipped.find("absent.yaml") == Path("absent.yaml")  # Recipe.load says what is wrong with it
+    with pytest.raises(SliceFineError, match=r"got 'llama-3b-math'\. Did you mean 'llama-3\.2-3b-math'\?"):
+        shipped.find("llama-3b-math")
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_the_method_is_the_papers_and_the_rest_is_declared(name: str) -> None:
+    path = shipped.find(name)
+    recipe = Recipe.load(path)
+    assert (recipe.slice.r, recipe.slice.axis, recipe.slice.slide_every) == (5, "alternate", 500)
+    lines = path.read_text().splitlines()
+    for key in (
+        "r",
+        "slide_every",
+        "learning_rate",
+        "per_device_train_batch_size",
+        "order",
+        "max_length",
+        "validation",
+    ):
+        (at,) = [number for number, line in enumerate(lines) if line.strip().startswith(f"{key}:")]
+        assert lines[at - 1].strip().startswith(("# Paper", "# Our choice")), key
+    # "One pass over 170,420 rows is 5,273 steps with 10 moves.": counted again.
+    from slicefine.training.run import planned_steps
+
+    (said,) = [line for line in lines if " rows " in line and " steps with " in line]
+    numbers = [int(word.replace(",", "")) for word in said.split() if word[0].isdigit()]
+    rows, steps, moves = numbers
+    assert planned_steps(rows - round(recipe.data.validation * rows), recipe) == steps
+    assert recipe.slice_schedule.moves(steps - 1) == moves
+    assert 5 <= moves <= 10
+
+
+@pytest.mark.parametrize("name", [*LANGUAGE, "minilm-text-classification"])
+def test_every_recipe_runs_with_a_tiny_model_of_its_architecture(name: str, tmp_path: Path) -> None:
+    """Without a hub; all other settings are those of the recipe."""
+    recipe = Recipe.load(shipped.find(name), {"data.train": data_of(name.rpartition("-")[2], tmp_path)})
+    folder = tmp_path / "smoke"
+    folder.mkdir()
+    lines = smoke(recipe, folder)
+    said = "\n".join(lines)
+    expected = MODELS.get(name.rpartition("-")[0], "bert")
+    assert AutoConfig.from_pretrained(folder / "model").model_type == expected
+    assert f"a tiny {expected} (" in said
+    assert "finished: 4 steps, moves: 1, validation loss " in said
+    assert "all examples read and checked (" in said
+    assert str(folder) in said
+    record = RunRecord.read(folder / "run")
+    assert record.metrics["after"]["loss"] < record.metrics["before"]["loss"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "smoke"]
+
+
+def test_the_smoke_test_takes_what_it_can_have_of_the_model(lm_settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "smoke"
+    folder.mkdir()
+    said = "\n".join(smoke(Recipe.from_flat(lm_settings), folder))
+    assert f"as the configuration of {lm_settings['model.name']} says" in said
+    assert f"that of {lm_settings['model.name']}" in said
+    config = AutoConfig.from_pretrained(folder / "model")
+    assert (config.vocab_size, config.hidden_size, config.attention_dropout) == (258, 64, 0.1)
+
+
+def test_the_smoke_test_finds_what_is_wrong(lm_settings: dict[str, Any], tmp_path: Path) -> None:
+    def refusal(**changed: Any) -> str:
+        with pytest.raises(SliceFineError) as error:
+            smoke(
+                Recipe.from_flat(lm_settings | {key.replace("__", "."): value for key, value in changed.items()}),
+                tmp_path,
+            )
+        return str(error.value)
+
+    assert "set `model.architecture` (llama, say)" in refusal(model__name="nobody/nothing")
+    said = refusal(model__name="nobody/nothing", model__architecture="lama")
+    assert "got 'lama'. Did you mean 'llama'?" in said
+    assert "Did you mean 'q_proj'?" in refusal(slice__target_modules=["q_porj"])
+    Path(lm_settings["data.train"]).write_text(
+        "[" + '{"instruction": "a", "output": "b"},' * 99 + '{"instruction": ""}]'
+    )
+    assert (
+        ":1 (row 100): the columns 'instruction' are of no known format." in refusal()
+    )  # the last row is checked as well

@@ -92,7 +92,7 @@ def test_rows_that_are_no_questions_are_all_named(tmp_path: Path) -> None:
         ("test.jsonl", b'{"a": "\xff"}\n', r"test.jsonl:1: .*is not UTF-8"),
         ("test.jsonl", b"\n", r"test.jsonl has no questions"),
         ("test.json", b'{"a": 1}', r"test.json: a .json file is a list of objects"),
-        ("test.json", b"[1]", r"test.json:1 \\(row 1\\): each element of the list is a JSON object"),
+        ("test.json", b"[1]", r"test.json:1 \(row 1\): each element of the list is a JSON object"),
         ("test.json", b"[", r"test.json:1: not valid JSON"),
     ],
 )

@@ -20,12 +20,14 @@ check: $(READY)  ## lint, types, import order, tests
 	$(VENV)/bin/lint-imports
 	$(MAKE) test
 
-bench: $(READY)  ## measure step time, memory, start-up and exchanges; writes into benchmarks/
+bench: $(READY)  ## measure times, memory and exactness; writes into benchmarks/
 	$(RUN) benchmarks/step_time.py
 	$(RUN) benchmarks/saved_activations.py
 	$(RUN) benchmarks/startup.py
 	$(RUN) benchmarks/exchange.py
 	$(RUN) benchmarks/preflight.py
+	$(RUN) benchmarks/evaluation.py
+	$(RUN) benchmarks/export.py
 
 clean:  ## remove the virtual environment and the demo's run
 	rm -rf $(VENV) runs/demo

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaModel
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from slicefine import SliceFineError, SliceFineWarning
 from slicefine.training.export import export
@@ -300,6 +301,32 @@ def test_packing(lm_settings: dict[str, Any], strategy: str) -> None:
 
 
 # ---------------------------------------------------------------- special tokens
+
+
+def test_packed_examples_do_not_see_each_other(lm_settings: dict[str, Any]) -> None:
+    """The loss of every example is what it is alone."""
+    rows = [{"prompt": f"{number}: ", "completion": "abcdefgh"[: number % 5 + 1]} for number in range(20)]
+    packed = prepared(lm_settings, rows, data__packing=True, data__packing_strategy="bfd", data__max_length=32)
+    alone = prepared(lm_settings, rows, data__max_length=32)
+    assert len(packed.train) < len(alone.train)
+
+    def summed(made: Prepared) -> tuple[float, int]:
+        total, count = 0.0, 0
+        collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=made is packed)
+        for example in made.train:
+            batch = collator([example])
+            labels = batch["labels"][:, 1:]
+            logits = made.model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits[:, :-1]
+            losses = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), labels, reduction="sum", ignore_index=-100
+            )
+            total, count = total + float(losses), count + int((labels != -100).sum())
+        return total, count
+
+    with torch.no_grad():
+        (together, counted), (single, expected) = summed(packed), summed(alone)
+    assert counted == expected
+    assert together == pytest.approx(single, rel=1e-5)
 
 
 @pytest.fixture

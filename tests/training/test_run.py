@@ -43,14 +43,14 @@ def override(settings: dict[str, Any], **values: Any) -> Recipe:
     return Recipe.from_flat(settings | {key.replace("__", "."): value for key, value in values.items()})
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send ourselves SIGINT, as Ctrl-C does, when `step` optimizer steps have been made in this process."""
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGINT) -> None:
+    """Send ourselves SIGINT, as Ctrl-C does, or another signal, when `step` optimizer steps have been made in this process."""
     end_step = StepTimer.on_step_end
 
     def on_step_end(self: StepTimer, *args: Any, **kwargs: Any) -> None:
         end_step(self, *args, **kwargs)
         if len(self.seconds) == step:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(StepTimer, "on_step_end", on_step_end)
 
@@ -183,6 +183,16 @@ def test_interrupted_and_resumed_is_bit_identical(
         SliceFineError, match=r"cannot be made longer.*12 steps.*--output.*slicefine export .*--model\.name"
     ):
         train(override(settings, slice__order="random", training__num_train_epochs=3), resume=True)
+
+
+def test_a_scheduler_ends_a_run_as_ctrl_c_does(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt_at(3, monkeypatch, signal.SIGTERM)
+    recipe = Recipe.from_flat(settings)
+    record = train(recipe)
+    assert (record.status, record.steps) == ("interrupted", 3)
+    assert (Path(recipe.output) / "checkpoints" / "checkpoint-3").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_second_interrupt_stops_at_once(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

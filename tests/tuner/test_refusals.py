@@ -63,6 +63,8 @@ def test_settings(settings, words):
             {"target_modules": ".*query"},
             ["no module matches", "a string is a regular expression", "'.*query'", r"lin0 \(1\)"],
         ),
+        ({"target_modules": "all_linear"}, ["no module matches", "Did you mean 'all-linear'"]),
+        ({"target_modules": "lin_0"}, ["no module matches", "Did you mean 'lin0'"]),
         ({"target_modules": ["lin0"], "exclude_modules": ["lin0"]}, ["no module matches", "exclude_modules"]),
         ({"exclude_modules": ["hed"]}, ["`exclude_modules`", "'hed'", "Did you mean 'head'"]),
         ({"modules_to_save": ["hed"]}, ["`modules_to_save`", "'hed'", "Did you mean 'head'"]),

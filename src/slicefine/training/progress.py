@@ -80,26 +80,28 @@ class StepTimer(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C ends the run after the step at hand, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C, or the SIGTERM of a scheduler, ends the run after the step at hand, with a checkpoint; a second one at once."""
 
     asked = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT over, where Python lets us: in the main thread."""
+        """Take the signals over, where Python lets us: in the main thread."""
         try:
-            before = signal.signal(signal.SIGINT, self._note)
+            before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:
             yield
             return
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for again in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(again, signal.default_int_handler)
         print("\nStopping after this step, with a checkpoint. Ctrl-C again stops at once.", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

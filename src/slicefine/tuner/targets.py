@@ -128,8 +128,10 @@ def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[
     if not targets and not problems:
         note = "" if config.layers_to_transform is None else f" with layers_to_transform={config.layers_to_transform!r}"
         if isinstance(config.target_modules, str) and not names_all_linear(config):
-            words = config.target_modules.split(",")
-            note += f" (a string is a regular expression for the whole name; for layers by name write {words!r})"
+            words = [word.strip() for word in config.target_modules.split(",")]
+            known = {key.rpartition(".")[2] for key in linear} | {ALL_LINEAR}
+            near = did_you_mean(words[0], known) if re.fullmatch(r"[\w-]+", words[0]) else ""
+            note += f" (a string is a regular expression for the whole name; for layers by name write {words!r}.{near})"
         problems.append(
             f"no module matches target_modules={config.target_modules!r}{note}, exclude_modules={config.exclude_modules!r}. "
             f"Linear layers here: {_list(Counter(k.rpartition('.')[2] for k in linear))}."

@@ -16,6 +16,16 @@ from slicefine import __version__
 from slicefine.errors import SliceFineError, SliceFineWarning, did_you_mean
 
 OK, WRONG, INTERRUPTED = 0, 2, 130
+ELSEWHERE = {
+    "--lr": "--training.learning_rate",
+    "--epochs": "--training.num_train_epochs",
+    "--batch_size": "--training.per_device_train_batch_size",
+    "--rank": "--slice.r",
+    "--model": "--model.name",
+    "--base_model": "--model.name",
+    "--data": "--data.train",
+}
+"""What other tools call our settings."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +85,9 @@ def _in_words(error: ArgumentError, verbs: list[str], help_text: str) -> str:
     if found := re.search(r"(?:unrecognized arguments|ambiguous option): (\S+)", text):
         word = found[1].partition("=")[0]
         flags = sorted(set(re.findall(r"--[\w.-]+", help_text)))
-        return f"There is no argument {word!r} here.{did_you_mean(word, flags)} See --help."
+        usual = ELSEWHERE.get(word)
+        near = f" Did you mean {usual!r}?" if usual in flags else did_you_mean(word, flags)
+        return f"There is no argument {word!r} here.{near} See --help."
     if found := re.search(r"argument (--[\w.-]+).*expected (?:at least )?one argument", text):
         return f"{found[1]} takes a value: {found[1]} VALUE (true or false for a switch). See --help."
     if found := re.search(r"arguments are required: (.*)", text):

@@ -89,7 +89,10 @@ def test_the_flags_of_train_are_a_decision(capsys: pytest.CaptureFixture[str]) -
             "There is no verb 'trian'; there are train, evaluate, export, recipes, demo. Did you mean 'train'?",
         ),
         (["--verison"], "There is no argument '--verison' here. Did you mean '--version'?"),
-        (["train", "r.yaml", "--lr", "1e-3"], "There is no argument '--lr' here. Did you mean '--training.learning_rate'?"),
+        (
+            ["train", "r.yaml", "--lr", "1e-3"],
+            "There is no argument '--lr' here. Did you mean '--training.learning_rate'?",
+        ),
         (["train", "r.yaml", "--r", "3"], "There is no argument '--r' here."),
         (["train", "r.yaml", "--training.bf16"], "--training.bf16 takes a value: --training.bf16 VALUE"),
         (["train"], "RECIPE is missing."),

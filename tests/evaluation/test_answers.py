@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,23 @@ def test_nothing_of_a_torn_line_stays_behind_a_shorter_one(written: Path) -> Non
     short = dataclasses.replace(SECOND, output="")
     answers.append([short])
     assert Answers(written.parent).found == {("boolq", 1): ANSWER, ("boolq", 2): short}
+
+
+@pytest.mark.parametrize("torn", [0, 5])
+def test_of_two_writers_the_second_is_refused_and_the_first_loses_nothing(written: Path, torn: int) -> None:
+    first, second = written.read_bytes().splitlines(keepends=True)
+    written.write_bytes(first + second[: len(second) - torn])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The last line", SliceFineWarning)
+        one, other = Answers(written.parent), Answers(written.parent)
+    third = dataclasses.replace(ANSWER, row=3, output="x" * 500)
+    one.append([SECOND, third])
+    content = written.read_bytes()
+    with pytest.raises(SliceFineError, match=r"Another process writes into .*answers\.jsonl: wait .* another --output"):
+        other.append([SECOND])
+    assert written.read_bytes() == content
+    one.append([dataclasses.replace(third, row=4)])
+    assert sorted(Answers(written.parent).found) == [("boolq", row) for row in (1, 2, 3, 4)]
 
 
 def test_reading_changes_nothing(written: Path) -> None:

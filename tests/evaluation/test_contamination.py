@@ -9,9 +9,11 @@ from parrot import boolq_rows, write_rows
 
 from slicefine import SliceFineError, SliceFineWarning
 from slicefine.evaluation.contamination import TrainingSet, check, normalised, of_run
-from slicefine.evaluation.questions import Questions, read
+from slicefine.evaluation.questions import Question, Questions, read
 from slicefine.evaluation.suites import SUITES
+from slicefine.training.data import read_table
 from slicefine.training.prompts import prompt
+from slicefine.training.record import RunRecord
 
 SKY, HOUSE, FIRE = boolq_rows()
 
@@ -32,6 +34,10 @@ def of(*paths: Path) -> list[TrainingSet]:
         ("a\n\nb", "A b."),
         ("$5, or 3.5", "5 or 3 5"),
         ("Über", "über"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\uff15 apples", "5 apples"),
+        ("1,000 of 2,000,000", "1000 of 2000000"),
+        ("5,6", "5 6"),
     ],
 )
 def test_case_white_space_and_punctuation_do_not_count(one: str, other: str) -> None:
@@ -53,6 +59,12 @@ def test_words_and_numbers_count() -> None:
         {"question": SKY["instruction"]},
         {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": SKY["instruction"]}]},
         {"prompt": [{"role": "user", "content": SKY["instruction"]}], "completion": []},
+        {"prompt": f"Question: {SKY['instruction']}\nAnswer:", "completion": "true"},
+        {"messages": [{"role": "human", "content": SKY["instruction"] + " Let's think step by step."}]},
+        {"text": "<s>" + prompt(SKY["instruction"]) + "true</s>"},
+        {"text": prompt(SKY["instruction"]).replace("\n", "\n" + 16 * " ")},
+        {"text": f"{SKY['instruction']} true"},
+        {"query": SKY["instruction"], "response": "true"},
     ],
 )
 def test_a_question_is_found_in_every_format(questions: Questions, tmp_path: Path, row: dict[str, Any]) -> None:
@@ -76,6 +88,32 @@ def test_in_every_kind_of_file(questions: Questions, tmp_path: Path, name: str) 
     else:
         frame.to_parquet(path)
     assert check(questions, of(path)).questions == {"boolq": 1}
+
+
+def test_instruction_and_input_in_a_prompt_with_something_before_it(tmp_path: Path) -> None:
+    question = Question(
+        task="boolq", row=1, instruction="Say whether this is true", input="the sky is blue", gold="true"
+    )
+    row = {"text": "<s>" + prompt(question.instruction, question.input)}
+    assert check({"boolq": [question]}, of(write_rows(tmp_path / "train.jsonl", [row]))).rows == {"boolq": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "found"),
+    [
+        ("one two three four five six seven eight", "Well, one two three four five six seven eight nine", True),
+        ("one two three four five six seven eight", "one two three four five six seven eight", True),
+        ("one two three four five six seven eight", "zone two three four five six seven eight", False),
+        ("one two three four five six seven eight", "one two three four five six seven eighty", False),
+        ("one two three four five six seven eight nine", "one two three four five six seven eight", False),
+        ("one two three four five six seven", "Well, one two three four five six seven", False),
+        ("one two three four five six seven", "one two three four five six seven", True),
+    ],
+)
+def test_a_long_question_is_found_inside_of_a_text(asked: str, text: str, found: bool, tmp_path: Path) -> None:
+    question = Question(task="boolq", row=1, instruction=asked, input="", gold="true")
+    path = write_rows(tmp_path / "train.jsonl", [{"text": text}])
+    assert bool(check({"boolq": [question]}, of(path)).rows) is found
 
 
 def test_in_the_column_of_plain_texts(questions: Questions, tmp_path: Path) -> None:
@@ -125,3 +163,21 @@ def test_the_training_examples_of_a_run(tmp_path: Path) -> None:
     recipe.write_text(f"data:\n  train: {tmp_path / 'gone.jsonl'}\n")
     with pytest.warns(SliceFineWarning, match=r"gone.jsonl, are not there any more: .* --train_data"):
         assert of_run(tmp_path) is None
+
+
+def test_a_training_file_that_was_replaced_since_is_refused(questions: Questions, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "train.jsonl", [FIRE])
+    (tmp_path / "recipe.yaml").write_text(f"data:\n  train: {file}\n")
+    trained = {"train": {"source": str(file), "fingerprint": read_table(str(file), None).fingerprint}}
+    RunRecord(task="causal-lm", model="m", seed=0, started="now", data=trained).write(tmp_path)
+    training = of_run(tmp_path)
+    assert training is not None
+    assert check(questions, [training]).rows == {"boolq": 1}
+    write_rows(file, [{"instruction": "x"}])
+    with pytest.raises(SliceFineError, match=r"train\.jsonl, were changed since .* with --train_data"):
+        check(questions, [training])
+    assert check(questions, of(file)).rows == {}
+
+
+def test_a_run_without_a_recipe_names_no_training_examples(tmp_path: Path) -> None:
+    assert of_run(tmp_path) is None

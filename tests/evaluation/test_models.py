@@ -115,7 +115,7 @@ def test_what_cannot_be_evaluated(make_model: Callable[..., str], tmp_path: Path
 
     says(empty, r"empty has no adapter_config\.json and no config\.json")
     says(tmp_path / "adaptr", r"there is no folder .*adaptr\. Did you mean 'adapter'\?")
-    says(run, r"A finished run is evaluated; .*run has no adapter yet \(interrupted\).*train .*recipe\.yaml --resume")
+    says(run, r"A finished run is evaluated; .*run has no adapter yet. Finish it with .slicefine train .*recipe\.yaml --resume")
     path.write_text(json.dumps(good | {"task_type": "SEQ_CLS"}))
     says(adapter, r"language models \(task_type CAUSAL_LM\); .*adapter_config\.json has 'SEQ_CLS'")
     path.write_text(json.dumps(good | {"base_model_name_or_path": str(tmp_path / "gone")}))
@@ -143,6 +143,48 @@ def test_what_does_not_load_is_named(make_model: Callable[..., str]) -> None:
     (base / "config.json").write_text("{")
     with pytest.raises(SliceFineError, match=r"The configuration in .*model did not load"):
         load_config(source)
+
+
+def test_code_of_a_model_is_not_run(make_model: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it asked for on the terminal, where somebody would say yes."""
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    base = Path(make_model(chain=None))
+    source = find(str(base))
+    (base / "mine.py").write_text("raise SystemExit('was run')\n")
+    config = json.loads((base / "config.json").read_text())
+    code = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model", "AutoTokenizer": ["mine.Words", None]}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": code}))
+    with pytest.raises(
+        SliceFineError, match=r"The configuration in .*model did not load: it comes with code of its own"
+    ):
+        load_config(source)
+    (base / "config.json").write_text(json.dumps(config))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    changed = settings | {"tokenizer_class": "Words", "auto_map": {"AutoTokenizer": ["mine.Words", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(changed))
+    with pytest.raises(SliceFineError, match=r"The tokenizer in .*model did not load: it comes with code of its own"):
+        load_tokenizer(source)
+
+
+def test_the_base_is_of_the_revision_that_the_adapter_names(
+    make_model: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the cache of the hub are two revisions; the main one is another model."""
+    first, second = make_model(chain=None), make_model(name="other")
+    adapter, repository = tmp_path / "adapter", tmp_path / "cache" / "models--owner--name"
+    tuned(first, slices()).save_pretrained(str(adapter))
+    expected = fingerprint(load_model(find(str(adapter)), load_config(find(str(adapter)))))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    (repository / "refs").mkdir(parents=True)
+    for name, folder, commit in (("v1", first, "1" * 40), ("main", second, "0" * 40)):
+        (repository / "refs" / name).write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)
+    path = adapter / "adapter_config.json"
+    settings = json.loads(path.read_text()) | {"base_model_name_or_path": "owner/name", "revision": "v1"}
+    path.write_text(json.dumps(settings))
+    source = find(str(adapter))
+    assert fingerprint(load_model(source, load_config(source))) == expected
+    assert load_tokenizer(source).name_or_path == "owner/name"
 
 
 def test_the_fingerprint_is_that_of_the_weights(make_model: Callable[..., str], tmp_path: Path) -> None:

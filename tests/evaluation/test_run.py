@@ -13,6 +13,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning
+from slicefine.cli.evaluate import summary
 from slicefine.evaluation import run as module
 from slicefine.evaluation.generation import Generator
 from slicefine.evaluation.run import evaluate
@@ -64,6 +65,7 @@ def test_every_prompt_output_and_verdict_is_kept(make_model: Callable[..., str],
     assert scores["status"] == result.status == "finished"
     assert scores["tasks"]["boolq"] == {
         "questions": 3,
+        "asked": 3,
         "right": 2,
         "accuracy": 2 / 3,
         "interval": pytest.approx([0.2077, 0.9385], abs=1e-4),
@@ -108,12 +110,15 @@ def test_the_same_command_goes_on(
         first = ask(model, batch_size=1)
     assert first.status == saved(tmp_path / "out")["status"] == "interrupted"
     assert sum(scores["questions"] for scores in first.tasks.values()) == 3
+    assert first.average is saved(tmp_path / "out")["average"] is None
+    assert first.table().splitlines()[1].split()[-1] == "-"
     kept = lines(tmp_path / "out")
     assert len(kept) == 3
 
     # Batches do not decide an answer.
     second = ask(model, batch_size=2)
     assert second.tasks == whole.tasks
+    assert second.average == whole.average is not None
     assert lines(tmp_path / "out")[:3] == kept
     key = lambda line: (line["task"], line["row"])  # noqa: E731 -- a name for the next line alone
     assert sorted(lines(tmp_path / "out"), key=key) == sorted(lines(tmp_path / "whole"), key=key)
@@ -128,9 +133,77 @@ def test_more_questions_and_tasks_go_on_too(make_model: Callable[..., str], ask:
     model = make_model(TRUE)
     assert [scores["questions"] for scores in ask(model, limit=1).tasks.values()] == [1, 1]
     more = ask(model, tasks=("boolq",))
-    assert {name: scores["questions"] for name, scores in more.tasks.items()} == {"boolq": 3}
+    assert {name: scores["questions"] for name, scores in more.tasks.items()} == {"boolq": 3, "piqa": 1}
+    assert saved(tmp_path / "out")["tasks"] == more.tasks
+    assert more.average == pytest.approx((2 / 3 + 0) / 2)
     assert more.sessions[-1]["answers"] == 2
     assert len(lines(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize("finished", [1, 3, 4])
+def test_only_complete_tasks_have_an_average(
+    finished: int, make_model: Callable[..., str], ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when another task is finished after the interruption."""
+    model, generate, calls = make_model(TRUE), Generator.__call__, []
+
+    def interrupted(self: Generator, prompts: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) > finished:
+            raise KeyboardInterrupt
+        return generate(self, prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "__call__", interrupted)
+        first = ask(model, batch_size=1)
+    assert first.status == "interrupted"
+    assert first.average is None
+    boolq = ask(model, tasks=("boolq",))
+    assert list(boolq.tasks) == (["boolq", "piqa"] if finished == 4 else ["boolq"])
+    assert boolq.average == (None if finished == 4 else pytest.approx(2 / 3))
+    assert ask(model).average == pytest.approx(1 / 3)
+
+
+def test_a_session_that_is_killed_loses_no_results(
+    make_model: Callable[..., str], ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(TRUE)
+    tasks = ask(model, tasks=("piqa",)).tasks
+
+    def look(*args: Any) -> None:
+        assert saved(tmp_path / "out")["status"] == "running"
+        assert saved(tmp_path / "out")["tasks"] == tasks
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "__call__", look)
+    assert ask(model, tasks=("boolq",)).tasks == tasks
+
+
+def test_answers_of_a_session_that_was_killed_have_no_average(
+    make_model: Callable[..., str], ask: Any, tmp_path: Path
+) -> None:
+    """How many questions it asked is not known."""
+    model = make_model(TRUE)
+    ask(model, tasks=("piqa",))
+    path = tmp_path / "out" / "results.json"
+    path.write_text(json.dumps(saved(tmp_path / "out") | {"status": "running", "tasks": {}, "average": None}))
+    result = ask(model, tasks=("boolq",))
+    assert list(result.tasks) == ["boolq", "piqa"]
+    assert result.average is None
+    assert ask(model).average == pytest.approx(1 / 3)
+
+
+def test_an_answer_that_was_written_when_ctrl_c_came_counts(
+    make_model: Callable[..., str], ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = make_model(TRUE)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", interrupt)
+        result = ask(model, batch_size=1)
+    assert len(lines(tmp_path / "out")) == result.tasks["boolq"]["questions"] == 1
 
 
 def test_a_torn_line_is_asked_again(make_model: Callable[..., str], ask: Any, tmp_path: Path) -> None:
@@ -255,7 +328,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(
     cases: list[tuple[dict[str, Any], str]] = [
         ({"limit": 0, "batch_size": -1}, "Evaluation: 2 problems"),
         ({"tasks": ("hellaswag",)}, "hellaswag: there is no folder"),
-        ({"output": None}, "is not in one. Name a folder with --output"),
+        ({"output": None}, "is no run. Name a folder with --output"),
         ({"output": str(tmp_path / "full")}, "full has other files in it"),
         ({"output": str(tmp_path / "full" / "mine")}, "mine is a file"),
         ({"train_data": ("gone.jsonl",)}, "the file gone.jsonl does not exist"),
@@ -315,6 +388,7 @@ def test_a_run(finished_run: Path, ask: Any, tmp_path: Path) -> None:
     }
     assert result.contamination == {
         "sources": [str(tmp_path / "train.jsonl")],
+        "tasks": ["boolq", "piqa"],
         "rows": {},
         "questions": {},
         "examples": [],
@@ -329,3 +403,36 @@ def test_the_training_examples_of_a_run_are_looked_through(finished_run: Path, a
     with pytest.raises(SliceFineError, match=r"train\.jsonl:1 -> boolq, row 1"):
         ask(str(finished_run), output=None)
     assert not (finished_run / "evaluation").exists()
+
+
+def test_a_checkpoint_of_a_run_is_checked_too(finished_run: Path, ask: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", boolq_rows()[:1])
+    checkpoint = shutil.copytree(finished_run / "adapter", finished_run / "checkpoints" / "checkpoint-9")
+    with pytest.raises(SliceFineError, match=r"train\.jsonl:1 -> boolq, row 1"):
+        ask(str(checkpoint))
+    # The folder in the run is that of its final adapter.
+    with pytest.raises(SliceFineError, match=r"checkpoint-9 is no run\. Name a folder with --output"):
+        ask(str(checkpoint), output=None)
+
+
+def test_an_adapter_outside_of_its_run_is_not_checked(finished_run: Path, ask: Any, tmp_path: Path) -> None:
+    adapter = shutil.copytree(finished_run / "adapter", tmp_path / "copy")
+    result = ask(str(adapter))
+    assert result.contamination is None
+    assert "contamination: not checked (name the training examples with --train_data)" in summary(result)
+    checked = ask(str(adapter), train_data=(str(tmp_path / "train.jsonl"),))
+    assert "contamination" not in summary(checked)
+
+
+def test_contamination_of_the_other_tasks_is_kept(make_model: Callable[..., str], ask: Any, tmp_path: Path) -> None:
+    model = make_model(TRUE)
+    train = str(write_rows(tmp_path / "train.jsonl", boolq_rows()[:1]))
+    ask(model, tasks=("boolq",), train_data=(train,), allow_contamination=True)
+    result = ask(model, tasks=("piqa",))
+    assert list(result.tasks) == ["boolq", "piqa"]
+    assert "contaminated: questions that the model was trained on: boolq 1" in summary(result)
+    assert "contamination: not checked for piqa (name the training examples" in summary(result)
+    result = ask(model, tasks=("piqa",), train_data=(train,))
+    assert result.contamination is not None
+    assert (result.contamination["tasks"], result.contamination["rows"]) == (["boolq", "piqa"], {"boolq": 1})
+    assert "not checked" not in summary(result)

@@ -155,6 +155,72 @@ def test_out_is_taken(llama: Path, tmp_path: Path) -> None:
     assert entries(tmp_path / "out") == ["mine"]
 
 
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("file/x/out", r"out is below .*file, a file\. Name another"),
+        ("new/" + "a" * 300, r"cannot be one: .*File name too long"),
+        ("a" * 300 + "/out", r"cannot be one: .*File name too long"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_place_where_nothing_can_be_made(kind: str, out: str, says: str, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SliceFineError, match=says):
+        export(llama, kind, tmp_path / out)
+    assert entries(tmp_path) == ["file"]
+
+
+def test_the_longest_name_that_there_is(llama: Path, tmp_path: Path) -> None:
+    export(llama, "slices", tmp_path / "new" / ("a" * 255))
+    assert entries(tmp_path / "new") == ["a" * 255]
+
+
+def test_what_cannot_be_removed_does_not_hide_the_error(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(SliceFineError, match="failed, and nothing of it is left: not here"):
+        export(llama, "slices", tmp_path / "new" / "out")
+
+
+@pytest.mark.parametrize("target", ["empty", "absent"])
+def test_into_the_folder_that_a_link_names(target: str, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / target)
+    assert export(llama, "slices", tmp_path / "out") == tmp_path / "out"
+    assert (tmp_path / "out").is_symlink()
+    assert "adapter_config.json" in entries(tmp_path / target)
+
+
+def test_a_mount_point_is_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "disk")
+    with pytest.raises(SliceFineError, match=r"disk is a mount point, which cannot be replaced\. Name a folder in it"):
+        export(llama, "slices", tmp_path / "disk")
+    export(llama, "slices", tmp_path / "disk" / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_with_code_of_its_own(
+    kind: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not asked for on the terminal, where somebody would say yes."""
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    adapter = shutil.copytree(llama, tmp_path / "adapter")
+    settings = {"auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}, "tokenizer_class": "Mine"}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    (adapter / "tokenization_mine.py").write_text("raise SystemExit('was run')\n")
+    with pytest.raises(
+        SliceFineError, match=r"tokenizer in .*adapter comes with code of its own, .* --trust_remote_code"
+    ):
+        export(adapter, kind, tmp_path / "out", verify=True)
+    assert entries(tmp_path) == ["adapter"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_out_within_the_run_is_refused(kind: str, llama: Path) -> None:
     with pytest.raises(SliceFineError, match=r"leaves the run as it is; .* Name a folder outside of it"):

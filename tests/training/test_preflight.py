@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import bert, llama, opt, tokens
+from tiny import bert, gpt2, llama, opt, tokens
 from torch import nn
 from transformers import TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -94,8 +94,10 @@ def assert_same(one: Any, other: Any) -> None:
         (lambda: llama(attention_bias=True, mlp_bias=True), {"bias": "slicefine_only"}),
         (lambda: llama().to(torch.bfloat16), {"axis": "row"}),
         (lambda: opt().eval(), {"target_modules": ["fc1", "q_proj"]}),
+        (gpt2, {}),
+        (gpt2, {"axis": "column", "bias": "slicefine_only"}),
     ],
-    ids=["moves", "no move", "checkpointing", "biases", "bf16", "evaluating"],
+    ids=["moves", "no move", "checkpointing", "biases", "bf16", "evaluating", "Conv1D", "Conv1D, columns and biases"],
 )
 def test_it_leaves_no_trace(base: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_for(base(), tmp_path, **settings)

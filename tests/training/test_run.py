@@ -376,7 +376,10 @@ def test_a_failure_is_on_record(recipe: Recipe, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Trainer, "training_step", fail)
     with pytest.raises(MemoryError):
         train(recipe)
-    assert RunRecord.read(Path(recipe.output)).status == "failed"
+    record = RunRecord.read(Path(recipe.output))
+    assert (record.status, record.error) == ("failed", "MemoryError")
+    with pytest.raises(SliceFineError, match=r"has no adapter yet. It failed \(MemoryError\)\. Start another run"):
+        export(recipe.output, "merged", Path(recipe.output).with_name("model"))
 
 
 def test_new_layers_are_trained_in_full(settings: dict[str, Any], tmp_path: Path) -> None:

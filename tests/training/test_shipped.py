@@ -83,6 +83,14 @@ def test_the_wheel_has_them_where_they_are_looked_for(tmp_path: Path, monkeypatc
     assert shipped.headline(folder / "one.yaml") == "What it is for"
 
 
+def test_a_folder_of_the_name_is_not_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama-3.2-3b-math").mkdir()  # the output of its run, say
+    assert shipped.find("llama-3.2-3b-math") == ROOT / "recipes" / "llama-3.2-3b-math.yaml"
+    (tmp_path / "mine").write_text("task: causal-lm\n")
+    assert shipped.find("mine") == Path("mine")
+
+
 def test_names_and_paths() -> None:
     assert shipped.find("llama-3.2-3b-math") == ROOT / "recipes" / "llama-3.2-3b-math.yaml"
     assert shipped.find("absent.yaml") == Path("absent.yaml")  # Recipe.load says what is wrong with it
@@ -145,6 +153,14 @@ def test_the_smoke_test_takes_what_it_can_have_of_the_model(lm_settings: dict[st
     assert f"that of {lm_settings['model.name']}" in said
     config = AutoConfig.from_pretrained(folder / "model")
     assert (config.vocab_size, config.hidden_size, config.attention_dropout) == (258, 64, 0.1)
+
+
+def test_a_model_that_stores_its_weights_transposed(lm_settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "smoke"
+    folder.mkdir()
+    changed = {"model.name": "nobody/nothing", "model.architecture": "gpt2"}
+    assert "a tiny gpt2 (" in "\n".join(smoke(Recipe.from_flat(lm_settings | changed), folder))
+    assert RunRecord.read(folder / "run").status == "finished"
 
 
 def test_the_smoke_test_finds_what_is_wrong(lm_settings: dict[str, Any], tmp_path: Path) -> None:

@@ -100,6 +100,12 @@ def run(given: Any) -> int:
 def summary(result: Results) -> str:
     """The table, and what to know of how it came about."""
     lines = [result.table()] if result.tasks else []
+    if result.engine == "generate":
+        checked = result.contamination["tasks"] if result.contamination else []
+        unchecked = ", ".join(task for task in result.tasks if task not in checked)
+        if unchecked:
+            tasks = f" for {unchecked}" if checked else ""
+            lines.append(f"contamination: not checked{tasks} (name the training examples with --train_data)")
     if result.contamination and result.contamination["rows"]:
         counts = ", ".join(f"{task} {count}" for task, count in result.contamination["questions"].items())
         lines.append(f"contaminated: questions that the model was trained on: {counts}")

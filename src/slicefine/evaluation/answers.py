@@ -52,15 +52,16 @@ class Answers:
     def __init__(self, folder: Path) -> None:
         """Read the file in `folder`, if there is one. Raises `SliceFineError` for lines that are no answers."""
         self.path = folder / FILE
-        self._length = 0
+        self._length = self._size = 0
+        """Bytes of whole lines, and of all."""
         self.found: dict[tuple[str, int], Answer] = {}
         if self.path.is_file():
             self._read()
 
     def _read(self) -> None:
         content = self.path.read_bytes()
-        self._length = content.rfind(b"\n") + 1
-        if self._length < len(content):
+        self._length, self._size = content.rfind(b"\n") + 1, len(content)
+        if self._length < self._size:
             warnings.warn(
                 f"The last line of {self.path} was cut off when it was written; its question is asked again.",
                 SliceFineWarning,
@@ -107,13 +108,19 @@ class Answers:
         )
 
     def append(self, answers: Sequence[Answer]) -> None:
-        """Write the answers of a batch through to the disk."""
+        """Write the answers of a batch through to the disk.
+
+        Raises `SliceFineError` if the file is not as this object has read or left it: another process writes into it.
+        """
         lines = "".join(json.dumps(dataclasses.asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
-        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
+        with self.path.open("ab") as file:
+            if file.tell() != self._size:
+                raise SliceFineError(
+                    f"Another process writes into {self.path}: wait for it, or choose another --output."
+                )
             file.truncate(self._length)
-            file.seek(self._length)
             file.write(lines.encode("utf-8", "replace"))
             file.flush()
             os.fsync(file.fileno())
-            self._length = file.tell()
+            self._length = self._size = file.seek(0, os.SEEK_END)
         self.found |= {answer.key: answer for answer in answers}

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from slicefine.errors import SliceFineError, did_you_mean
 from slicefine.training import record as records
-from slicefine.training.folder import ADAPTER, RECIPE
+from slicefine.training.folder import ADAPTER, how_to_finish
 from slicefine.training.hub import model_problem
 
 TASK_TYPE = "CAUSAL_LM"
@@ -31,7 +31,14 @@ class Source:
     """Folder, or hub name, of the model; for an adapter, of its base."""
     adapter: Path | None = None
     run: Path | None = None
-    """The run folder, where recipe and record are."""
+    """The run that it is of, where recipe and record are."""
+    revision: str | None = None
+    """Branch, tag or commit of the base on the hub; None = its main branch."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How everything of the base is loaded. If nothing is said of code, transformers asks on the terminal."""
+        return {"revision": self.revision or "main", "trust_remote_code": False}
 
 
 def find(name: str) -> Source:
@@ -46,14 +53,10 @@ def find(name: str) -> Source:
     if (folder / ADAPTER / "adapter_config.json").is_file():
         return _adapter(name, folder / ADAPTER, folder)
     if (folder / records.FILE).is_file():
-        status = records.RunRecord.read(folder).status
-        raise SliceFineError(
-            f"A finished run is evaluated; {folder} has no adapter yet ({status}). Finish it with `slicefine train "
-            f"{folder / RECIPE} --resume`."
-        )
+        raise SliceFineError(f"A finished run is evaluated; {folder} has no adapter yet. {how_to_finish(folder)}")
     if (folder / "adapter_config.json").is_file():
-        inside = folder.resolve().parent
-        return _adapter(name, folder, inside if (inside / records.FILE).is_file() else None)
+        around = (path for path in folder.resolve().parents if (path / records.FILE).is_file())
+        return _adapter(name, folder, next(around, None))
     if (folder / "config.json").is_file():
         return Source(name=name, base=name)
     raise SliceFineError(f"{kinds}; {name} has no adapter_config.json and no config.json in it.")
@@ -77,7 +80,7 @@ def _adapter(name: str, adapter: Path, run: Path | None) -> Source:
             f"The base model of {name}: {problem.replace('`model.name`', 'the model')} Put it back there, or write its new "
             f"place into {path}."
         )
-    return Source(name=name, base=base, adapter=adapter, run=run)
+    return Source(name=name, base=base, adapter=adapter, run=run, revision=settings.get("revision"))
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -85,9 +88,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     beside = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
     place = str(source.adapter) if beside else source.base
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, **source.options)
     except (OSError, ValueError) as error:
-        raise SliceFineError(f"The tokenizer in {place} did not load: {_first_line(error)}") from error
+        raise SliceFineError(f"The tokenizer in {place} did not load: {_reason(error)}") from error
 
 
 def load_config(source: Source) -> Any:
@@ -95,17 +98,19 @@ def load_config(source: Source) -> Any:
     beside = source.adapter is not None and (source.adapter / "config.json").is_file()
     place = str(source.adapter) if beside else source.base
     try:
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(place, **source.options)
     except (OSError, ValueError) as error:
-        raise SliceFineError(f"The configuration in {place} did not load: {_first_line(error)}") from error
+        raise SliceFineError(f"The configuration in {place} did not load: {_reason(error)}") from error
 
 
 def load_model(source: Source, config: Any) -> PreTrainedModel:
     """The model, its adapter merged, on the accelerator if there is one; in the dtype that `config` says."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.base, config=config, dtype=config.dtype or "auto")
+        model = AutoModelForCausalLM.from_pretrained(
+            source.base, config=config, dtype=config.dtype or "auto", **source.options
+        )
     except (OSError, ValueError) as error:
-        raise SliceFineError(f"The model {source.base!r} did not load: {_first_line(error)}") from error
+        raise SliceFineError(f"The model {source.base!r} did not load: {_reason(error)}") from error
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, str(source.adapter)).merge_and_unload()  # pyright: ignore[reportCallIssue]
     if torch.accelerator.is_available():
@@ -138,5 +143,7 @@ def context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | Non
     return min(limits, default=None)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own, which is not run here."
     return str(error).splitlines()[0]

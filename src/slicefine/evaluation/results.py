@@ -46,10 +46,10 @@ class Results:
     contamination: dict[str, Any] | None = None
     """Training examples that are test questions; None if it was not checked."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By task: `questions`, `right`, `accuracy` (0 to 1), its 95 % `interval` (Wilson), `unanswered` (no answer in the
-    output), `empty` (nothing was written), `cut` (outputs that have not ended)."""
+    """By task: `questions` answered of those `asked` (None if not known), `right`, `accuracy` (0 to 1), its 95 % `interval`
+    (Wilson), `unanswered` (no answer in the output), `empty` (nothing was written), `cut` (outputs that have not ended)."""
     average: float | None = None
-    """Mean of the tasks' accuracies."""
+    """Mean of the tasks' accuracies; None unless all their questions are answered."""
     sessions: list[dict[str, Any]] = field(default_factory=list)
     """Each time it was started: times, seconds, tokens per second, batch size, versions, hardware."""
 
@@ -98,10 +98,13 @@ class Results:
                 f"{100 * scores['acc_norm']:.1f}" if "acc_norm" in scores else "" for scores in self.tasks.values()
             ]
         rows[""].append("average")
-        rows["accuracy, %"].append("" if self.average is None else f"{100 * self.average:.1f}")
+        rows["accuracy, %"].append("-" if self.average is None else f"{100 * self.average:.1f}")
         return _aligned(rows)
 
     def _questions(self, task: Task, scores: dict[str, Any]) -> str:
+        asked = scores.get("asked") or scores["questions"]
+        if scores["questions"] < asked:
+            return f"{scores['questions']} of {asked}"
         whole = self.limit is not None or scores["questions"] == task.questions
         return str(scores["questions"]) if whole else f"{scores['questions']} of {task.questions}"
 

@@ -26,8 +26,9 @@ from slicefine.evaluation.models import Source
 from slicefine.evaluation.questions import Question, Questions
 from slicefine.evaluation.results import Results
 from slicefine.evaluation.settings import Settings
-from slicefine.evaluation.suites import Task
+from slicefine.evaluation.suites import Task, get_suite
 from slicefine.training import record as records
+from slicefine.training.folder import ADAPTER
 
 FOLDER = "evaluation"
 MANY_EMPTY = 0.1
@@ -86,11 +87,17 @@ def evaluate(settings: Settings) -> Results:
         base=source.base,
         data=settings.data,
         limit=settings.limit,
-        contamination=dataclasses.asdict(checked) if checked else None,
+        contamination=contamination.with_earlier(
+            dataclasses.asdict(checked) if checked else None, saved.contamination if saved else None, asked
+        ),
+        tasks=saved.tasks if saved else {},
         sessions=saved.sessions if saved else [],
     )
+    _summarise(result, asked, answers)
     with _session(result, folder, settings) as session:
         _answer(settings, asked, tokens, generate, answers, session)
+    if result.status == "interrupted":
+        answers = Answers(folder)  # Ctrl-C may have come when a batch was written and not counted yet
     _summarise(result, asked, answers)
     result.write(folder)
     _warn_of_silence(result)
@@ -102,11 +109,11 @@ def output_folder(settings: Settings, source: Source) -> Path:
     name = settings.suite if settings.engine == "generate" else f"{settings.suite}-{settings.engine}"
     if settings.output:
         folder = Path(settings.output)
-    elif source.run:
+    elif source.run and source.adapter and source.adapter.resolve() == (source.run / ADAPTER).resolve():
         folder = source.run / FOLDER / name
     else:
         raise SliceFineError(
-            f"The answers of a run go into its folder; {settings.model} is not in one. Name a folder with --output."
+            f"The answers of a run go into its folder; {settings.model} is no run. Name a folder with --output."
         )
     ours = {store.FILE, results.FILE}
     if folder.exists() and not folder.is_dir():
@@ -264,9 +271,18 @@ def _running(every: list[Question], answers: Answers) -> str:
 
 
 def _summarise(result: Results, asked: Questions, answers: Answers) -> None:
-    given = {name: _given(every, answers) for name, every in asked.items()}
-    result.tasks = {name: results.scores(found) for name, found in given.items() if found}
-    result.average = results.average(result.tasks)
+    """Of all tasks that have answers, those of earlier sessions too."""
+    counts = {name: scores.get("asked") for name, scores in result.tasks.items()}
+    counts |= {name: len(every) for name, every in asked.items()}
+    given = {
+        task.name: _given(asked[task.name], answers)
+        if task.name in asked
+        else [answer for answer in answers.found.values() if answer.task == task.name]
+        for task in get_suite(result.suite).tasks
+    }
+    result.tasks = {name: results.scores(found) | {"asked": counts.get(name)} for name, found in given.items() if found}
+    whole = result.tasks.keys() >= asked.keys() and all(s["questions"] == s["asked"] for s in result.tasks.values())
+    result.average = results.average(result.tasks) if whole else None
 
 
 def _warn_of_silence(result: Results) -> None:

@@ -43,6 +43,10 @@ class CheckedTrainer(Trainer):
         with self.compute_loss_context_manager():
             return cast(Tensor, self.compute_loss(self.model, self._prepare_inputs(batch)))
 
+    def own_problems(self) -> list[str]:
+        """What is wrong with training such examples on such a model, beside what holds for all tasks; for the pre-flight."""
+        return []
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's. Raises `NotFiniteError` that names step and layer, after a checkpoint of the step before."""
         loss = super().training_step(model, inputs, *args, **kwargs)

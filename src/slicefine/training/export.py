@@ -10,7 +10,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from slicefine.errors import SliceFineError, SliceFineWarning, did_you_mean, raise_all
 from slicefine.training import export_check, export_lora, export_merged
 from slicefine.training.export_source import LoadedBase, Source, Trained, open_source
-from slicefine.training.folder import ADAPTER
+from slicefine.training.folder import ADAPTER, how_to_finish
 
 KINDS = {
     "merged": "an ordinary model folder, the slices in their places",
@@ -58,14 +58,14 @@ def export(
     biases, heads or layers that LoRA cannot hold, and an export that does not compute what the trained model does.
     """
     raise_all(_setting_problems(kind, verify, drop_biases_and_heads), "Export")
-    adapter, place = _adapter_folder(Path(run)), Path(os.path.abspath(out))
+    adapter, place = _adapter_folder(Path(run)), Path(os.path.realpath(out))
     _refuse_place(place, Path(run), shown=out)
     settings = _settings(adapter)
     if kind == "slices":
         Trained(adapter)
         _refuse_small_disk(place, sum((adapter / name).stat().st_size for name in COPIED if (adapter / name).exists()))
         with _all_or_nothing(place) as folder:
-            _write_slices(adapter, folder)
+            _write_slices(adapter, folder, trust_remote_code=trust_remote_code)
         return Path(out)
     source = open_source(adapter, settings, trust_remote_code=trust_remote_code)
     if verify and source.skeleton.main_input_name != "input_ids":
@@ -114,12 +114,12 @@ def _lora(source: Source, place: Path, verify: bool, drop: bool, say: Callable[[
             export_lora.verify(source, folder, say)
 
 
-def _write_slices(adapter: Path, folder: Path) -> None:
+def _write_slices(adapter: Path, folder: Path, *, trust_remote_code: bool) -> None:
     for name in COPIED:
         if (adapter / name).is_file():
             shutil.copyfile(adapter / name, folder / name)
     if (adapter / "tokenizer_config.json").is_file():
-        AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
+        _copy_tokenizer(adapter, folder, trust_remote_code=trust_remote_code)
     Trained(folder)
 
 
@@ -132,7 +132,19 @@ def _write_tokenizer(source: Source, folder: Path) -> None:
             stacklevel=4,
         )
         return
-    AutoTokenizer.from_pretrained(found.parent, **source.trust).save_pretrained(folder)
+    _copy_tokenizer(found.parent, folder, **source.trust)
+
+
+def _copy_tokenizer(place: Path, folder: Path, *, trust_remote_code: bool) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise SliceFineError(
+            f"The tokenizer in {place} comes with code of its own, which is not run unasked. Read it, then allow it with --trust_remote_code."
+        ) from error
+    tokenizer.save_pretrained(folder)
 
 
 def _warn_of_loading(source: Source) -> None:
@@ -155,8 +167,24 @@ def _setting_problems(kind: str, verify: bool, drop_biases_and_heads: bool) -> l
 
 
 def _refuse_place(place: Path, run: Path, *, shown: str | Path) -> None:
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+    try:
+        taken = place.exists() and (not place.is_dir() or any(place.iterdir()))
+        there = next(folder for folder in place.parents if folder.exists())
+        for name in place.relative_to(there).parts:
+            (there / name).exists()  # raises for a name that is too long, also below a folder that is not there yet
+    except OSError as error:
+        raise SliceFineError(f"An export goes into a new or empty folder; {shown} cannot be one: {error}") from error
+    if taken:
         raise SliceFineError(f"An export goes into a new or empty folder; {shown} has something in it. Name another.")
+    if not there.is_dir():
+        raise SliceFineError(
+            f"An export goes into a new or empty folder; {shown} is below {there}, a file. Name another."
+        )
+    if os.path.ismount(place):
+        raise SliceFineError(
+            f"An export is renamed to its folder when all of it is there; {shown} is a mount point, which cannot be replaced. Name "
+            "a folder in it."
+        )
     if place.resolve().is_relative_to(run.resolve()):
         raise SliceFineError(
             f"An export leaves the run as it is; {shown} is within {run}. Name a folder outside of it."
@@ -176,7 +204,7 @@ def _refuse_small_disk(place: Path, needed: int) -> None:
 def _all_or_nothing(place: Path) -> Iterator[Path]:
     """A temporary folder that becomes `place` if all goes well, and is gone if not."""
     made = [folder for folder in place.parents if not folder.exists()]
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    temporary = place.with_name(f".slicefine-export.{os.getpid()}")  # short: the name may be as long as names can be
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -184,7 +212,8 @@ def _all_or_nothing(place: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in made:
-            folder.rmdir()
+            with suppress(OSError):  # not made yet, or used by others since
+                folder.rmdir()
         if isinstance(error, OSError):
             raise SliceFineError(f"The export to {place} failed, and nothing of it is left: {error}") from error
         raise
@@ -207,9 +236,7 @@ def _adapter_folder(run: Path) -> Path:
     if not missing:
         return folder
     if (run / "record.json").is_file():
-        raise SliceFineError(
-            f"Only a finished run is exported; {run} has no adapter yet. Finish it with `slicefine train --resume`."
-        )
+        raise SliceFineError(f"Only a finished run is exported; {run} has no adapter yet. {how_to_finish(run)}")
     fix = (
         "Write it with `model.config.save_pretrained(folder)`: it holds the classes and the number format."
         if missing == ["config.json"]

@@ -55,6 +55,14 @@ def remove_empty(folder: Path) -> None:
             path.rmdir()
 
 
+def how_to_finish(folder: Path) -> str:
+    """What to do with a run that has no adapter, in a sentence."""
+    record = RunRecord.read(folder)
+    if record.status == "failed":
+        return f"It failed ({record.error}). Start another run with a recipe that is mended."
+    return f"Finish it with `slicefine train {folder / RECIPE} --resume`."
+
+
 def checkpoint_to_resume(recipe: Recipe, folder: Path) -> Path:
     """The checkpoint to go on from. Raises `SliceFineError` if the run in `folder` is over, or not that of `recipe`."""
     if not (folder / RECIPE).is_file():

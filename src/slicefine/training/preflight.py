@@ -40,6 +40,7 @@ def preflight(trainer: CheckedTrainer) -> None:
         batch = trainer.data_collator([dataset[number] for number in range(size)])
         raise_all(_batch_problems(trainer, batch), "Pre-flight, first batch")
         with _unchanged(trainer.model):
+            raise_all(trainer.own_problems(), "Pre-flight")
             raise_all(_step_problems(trainer, batch), "Pre-flight, first step")
     finally:
         before.restore()
@@ -214,6 +215,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 if (bias := f"slicefine_bias.{layer.installed}") in state:
                     layer.base_layer.bias.copy_(state[bias])
                 # The weight itself: a layer takes no position without values, and copying a tensor to itself is free.
-                layer.load_state_dict(state | {"base_layer.weight": weight}, strict=False)
+                layer.load_state_dict(state | {"base_layer.weight": layer.base_layer.weight}, strict=False)
             for buffer, value in buffers:
                 buffer.copy_(value)

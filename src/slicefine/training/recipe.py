@@ -29,6 +29,10 @@ class ModelSettings:
     """Hub name, or folder, of the pretrained model and its tokenizer"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto = as they are stored"""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
+        None
+    )
+    """How attention is computed, by transformers' names; null = as transformers chooses"""
     architecture: str | None = None
     """Its model_type in transformers, e.g. llama; for a smoke test (see train) where the model cannot be had"""
 

@@ -37,6 +37,8 @@ class RunRecord:
     hardware: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     """Source, fingerprint and size of each set."""
+    error: str | None = None
+    """First line of what a failed run ended with."""
     notes: list[str] = field(default_factory=list)
     """What was decided for the user: end and pad tokens, examples that were dropped, what the loss counts."""
     modules_to_save: list[str] = field(default_factory=list)

@@ -102,7 +102,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
     )
     if checkpoint:
         record.resumed_from.append(folders.step_of(checkpoint))
-    record.status, record.ended = "running", None
+    record.status, record.ended, record.error = "running", None, None
     record.versions, record.commit, record.hardware = records.versions(), records.commit(), records.hardware()
     record.parameters = dataclasses.asdict(parameter_counts(model, record.planned_steps))
 
@@ -113,6 +113,8 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
         _run(recipe, trainer, prepared, timer, interrupt, record, checkpoint)
     except BaseException as error:
         record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        if record.status == "failed":
+            record.error = (str(error) or type(error).__name__).splitlines()[0]
         raise
     finally:
         record.ended = records.now()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
 from slicefine.training.checked import CheckedTrainer
+
+TRIED = 16
+"""Tokens of an example by which is tried whether packed examples are kept apart."""
 
 
 class CausalLMTrainer(CheckedTrainer, SFTTrainer):
@@ -25,6 +30,47 @@ class CausalLMTrainer(CheckedTrainer, SFTTrainer):
         self._metrics["train"].clear()
         self._total_train_tokens = 0
         return loss
+
+    def own_problems(self) -> list[str]:
+        """Whether packed examples see each other: many models do not read the positions that tell them apart."""
+        if not self.padding_free or not self._packed_examples_meet():
+            return []
+        return [
+            f"`data.packing`: {self.model.config.model_type} does not keep packed examples apart; set it to false, or use "
+            "`wrapped`, which joins them on purpose."
+        ]
+
+    def _packed_examples_meet(self) -> bool:
+        """Whether what the model says of an example depends on the one before it: a gradient goes from one to the other."""
+        dataset: Any = self.train_dataset
+        ids = dataset[0]["input_ids"][:TRIED]
+        batch = self.data_collator([{"input_ids": ids}, {"input_ids": ids}])
+        del batch["labels"]
+        kept: list[Tensor] = []
+
+        def keep(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            kept.append(output.detach().requires_grad_())
+            return kept[-1]
+
+        handle = self.model.get_input_embeddings().register_forward_hook(keep)
+        try:
+            with self.compute_loss_context_manager():
+                logits = self.model(**self._prepare_inputs(batch), use_cache=False).logits[:, len(ids) :]
+        finally:
+            handle.remove()
+        (gradient,) = torch.autograd.grad(logits.float().logsumexp(-1).sum(), kept[0])
+        # What is not finite is found, and named, by the step that comes next.
+        return bool(gradient[:, : len(ids)].nan_to_num(0.0, 0.0, 0.0).any())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As Trainer's, with a padded row for each example: they are not packed, so no model has to keep them apart."""
+        collator: Any = self.data_collator
+        if self.padding_free:
+            self.data_collator = dataclasses.replace(collator, padding_free=False)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As Trainer's, with `loss`, `perplexity` and `token_accuracy` over all tokens."""

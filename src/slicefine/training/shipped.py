@@ -18,7 +18,7 @@ def shipped() -> dict[str, Path]:
 def find(name: str) -> Path:
     """The recipe called `name`, or the file of that path. Raises `SliceFineError` if `name` can be neither."""
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.exists() or len(path.parts) > 1:
+    if path.suffix in (".yaml", ".yml") or path.is_file() or len(path.parts) > 1:
         return path
     known = shipped()
     if name not in known:

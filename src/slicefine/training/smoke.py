@@ -109,9 +109,9 @@ def _pretrained(recipe: Recipe, table: Table) -> tuple[PreTrainedTokenizerBase, 
     name, architecture = recipe.model.name, recipe.model.architecture
     if model_problem(name) is None:
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             return (
-                AutoTokenizer.from_pretrained(name),
+                AutoTokenizer.from_pretrained(name, trust_remote_code=False),
                 config,
                 f"as the configuration of {name} says",
                 f"that of {name}",

@@ -12,7 +12,8 @@ import datasets
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaModel, OPTConfig, OPTForCausalLM
+from transformers.utils import is_flash_attn_2_available
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from slicefine import SliceFineError, SliceFineWarning
@@ -22,7 +23,9 @@ from slicefine.training.prompts import prompt
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import RunRecord
 from slicefine.training.run import train
-from slicefine.training.tasks import Prepared, causal_lm
+from slicefine.training.sft import CausalLMTrainer
+from slicefine.training.smoke import smoke
+from slicefine.training.tasks import Prepared, causal_lm, get_task
 
 IGNORED = -100
 CHATML = (
@@ -130,6 +133,45 @@ def test_templates_that_trl_knows_are_marked_by_it(
     assert any("TRL's version of the chat template" in said for said in made.notes)
 
 
+@pytest.mark.parametrize(
+    ("template", "says_so"),
+    [
+        (CHATML, True),
+        (CHATML.replace("|{% endfor %}", "</s>\n{% endfor %}"), False),
+        (MARKED, True),
+        (MARKED.replace("|{% endgeneration %}", "{% endgeneration %}</s>"), True),
+        (MARKED.replace("|{% endgeneration %}", "</s>{% endgeneration %}"), False),
+    ],
+    ids=["no token", "a token", "marked, no token", "marked, a token outside", "marked, a token"],
+)
+def test_an_end_of_turn_that_is_not_learned_is_named(
+    lm_settings: dict[str, Any], chat_folder: Callable[[str], str], template: str, says_so: bool
+) -> None:
+    made = prepared(lm_settings, [{"messages": TALK}], model__name=chat_folder(template))
+    assert learned(made).rstrip().endswith("four</s>") is not says_so
+    assert any("no end of turn is learned: the tuned model may not stop" in note for note in made.notes) is says_so
+
+
+def test_an_answer_that_the_prompt_contains_is_not_taken_for_learned(
+    lm_settings: dict[str, Any], chat_folder: Callable[[str], str]
+) -> None:
+    talk = [{"role": "user", "content": "say yes"}, {"role": "assistant", "content": "yes"}]
+    assert learned(prepared(lm_settings, [{"messages": talk}], model__name=chat_folder(CHATML))) == "yes|"
+    folder = chat_folder(CHATML.replace("in messages", "in messages[:-1]"))
+    with pytest.raises(SliceFineError, match=r"train\.jsonl:1: the chat template leaves out the assistant's last turn"):
+        prepared(lm_settings, [{"messages": talk}], model__name=folder)
+
+
+def test_reasoning_that_a_template_removes(lm_settings: dict[str, Any], chat_folder: Callable[[str], str]) -> None:
+    talk = [TALK[0], {"role": "assistant", "content": "<think>hm\n</think>\n\ntwo"}]
+    assert learned(prepared(lm_settings, [{"messages": talk}], model__name=chat_folder(CHATML))).endswith("two|")
+    thinking = CHATML.replace("<assistant>{% endif", "<assistant><think>{% endif")  # which the prompt then has
+    assert learned(prepared(lm_settings, [{"messages": talk}], model__name=chat_folder(thinking))).startswith("hm")
+    removing = CHATML.replace("m['content'] }}", "m['content'].split('</think>')[-1] }}")
+    with pytest.raises(SliceFineError, match=r"train\.jsonl:1: the chat template removes the reasoning"):
+        prepared(lm_settings, [{"messages": talk}], model__name=chat_folder(removing))
+
+
 def test_templates_with_the_date_are_named(lm_settings: dict[str, Any], chat_folder: Callable[[str], str]) -> None:
     folder = chat_folder("{{ strftime_now('%Y') }}" + CHATML)
     made = prepared(lm_settings, [{"messages": TALK}], model__name=folder)
@@ -201,8 +243,13 @@ def test_a_given_format_names_the_columns_it_lacks(lm_settings: dict[str, Any]) 
         ("{% for m in messages %}{{ m['content'][0] }}{% endfor %}", "leaves out the assistant's last turn"),
         (CHATML, ":2: the chat template of the tokenizer refuses the conversation: no tools here."),
         (MARKED.replace("== 'assistant'", "== 'model'"), "marks nothing as the assistant's"),
+        (MARKED.replace("in messages", "in messages[:-1]"), "leaves out the assistant's last turn"),
+        (
+            MARKED.replace("== 'assistant'", "== 'assistant' and not loop.last"),
+            "does not mark the assistant's last turn",
+        ),
     ],
-    ids=["leaves out", "raises", "marks nothing"],
+    ids=["leaves out", "raises", "marks nothing", "marked, leaves out", "marks another turn"],
 )
 def test_wrong_templates(
     lm_settings: dict[str, Any], chat_folder: Callable[[str], str], template: str, says: str
@@ -246,6 +293,49 @@ def test_a_model_without_a_head(lm_settings: dict[str, Any], lm_folder: Path, tm
     shutil.copytree(lm_folder, folder)
     LlamaModel(LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
     assert "have none for lm_head.weight" in refusal(lm_settings, [{"text": "a"}] * 2, model__name=str(folder))
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "text-classification"])
+def test_the_code_of_a_model_is_neither_run_nor_offered(
+    task: str, lm_settings: dict[str, Any], lm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks on a terminal
+    folder, ran = tmp_path / "foreign", tmp_path / "ran"
+    shutil.copytree(lm_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    own = {
+        "AutoConfig": "code_of.C",
+        "AutoModelForCausalLM": "code_of.M",
+        "AutoModelForSequenceClassification": "code_of.M",
+    }
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "foreign", "auto_map": own}))
+    (folder / "code_of.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    rows = [{"text": f"a{number}", "label": number % 2} for number in range(8)]
+    recipe = recipe_for(lm_settings | {"task": task, "model.name": str(folder)}, rows)
+    with pytest.raises(SliceFineError, match="did not load"):
+        train(recipe)
+    with pytest.raises(SliceFineError, match="A smoke test needs"):
+        smoke(recipe, tmp_path)
+    with pytest.raises(ValueError, match="custom code"):
+        get_task(task).load_base(str(folder), folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "text-classification"])
+@pytest.mark.filterwarnings("ignore:Some weights of")
+def test_attention_is_computed_as_the_recipe_says(task: str, lm_settings: dict[str, Any]) -> None:
+    rows = [{"text": f"a{number}", "label": number % 2} for number in range(8)]
+
+    def used(**changed: Any) -> str | None:
+        recipe = recipe_for(lm_settings | {"task": task}, rows, **changed)
+        assert recipe.problems() == []
+        made = get_task(task)
+        return made.prepare(recipe, made.read(recipe.data)).model.config._attn_implementation
+
+    assert [used(), used(model__attn_implementation="eager")] == ["sdpa", "eager"]
+    if not is_flash_attn_2_available():
+        with pytest.raises(SliceFineError, match=r"`model\.attn_implementation`: FlashAttention2 .* cannot be used"):
+            used(model__attn_implementation="flash_attention_2")
 
 
 # ---------------------------------------------------------------- length
@@ -300,6 +390,32 @@ def test_packing(lm_settings: dict[str, Any], strategy: str) -> None:
     assert any(note.startswith(f"Packing: 20 training examples in {len(made.train)} sequences") for note in made.notes)
 
 
+@pytest.mark.parametrize(("strategy", "dropped"), [("bfd_split", 10), ("wrapped", 8)])
+def test_sequences_of_prompts_alone_are_left_out(
+    lm_settings: dict[str, Any], strategy: str, dropped: int, tmp_path: Path
+) -> None:
+    """A long prompt fills sequences of its own, the first of which would be the first batch."""
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"prompt": "a", "completion": "b"}\n')
+    recipe = recipe_for(
+        lm_settings,
+        [{"prompt": "x" * 60, "completion": "abc"}] * 5,
+        data__validation=str(short),
+        data__packing=True,
+        data__packing_strategy=strategy,
+        data__max_length=24,
+        training__per_device_train_batch_size=1,
+        training__max_steps=5,
+    )
+    made = causal_lm.prepare(recipe, causal_lm.read(recipe.data))
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=strategy == "bfd_split")
+    assert all(bool((collate([row])["labels"][:, 1:] != IGNORED).any()) for row in made.train)
+    assert "".join(learned(made, row) for row in range(len(made.train))) == "abc</s>" * 5
+    (note,) = [note for note in made.notes if note.startswith("Packing")]
+    assert note.endswith(f"sequences of up to 24 tokens; {dropped} more, of prompts alone, are left out.")
+    assert train(recipe).status == "finished"
+
+
 # ---------------------------------------------------------------- special tokens
 
 
@@ -330,6 +446,66 @@ def test_packed_examples_do_not_see_each_other(lm_settings: dict[str, Any]) -> N
 
 
 @pytest.fixture
+def opt_folder(lm_folder: Path, tmp_path: Path) -> str:
+    """A tiny OPT, which takes the positions of packed examples and does not tell the examples apart by them."""
+    folder = tmp_path / "opt"
+    shutil.copytree(lm_folder, folder)
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "max_position_embeddings": 512,
+    }
+    config = OPTConfig(
+        **sizes, num_hidden_layers=2, num_attention_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=1, dropout=0.0
+    )
+    OPTForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+def test_packing_is_refused_where_examples_would_see_each_other(
+    lm_settings: dict[str, Any], opt_folder: str, strategy: str, tmp_path: Path
+) -> None:
+    packed = lm_settings | {"data.packing": True, "data.packing_strategy": strategy, "training.max_steps": 5}
+    with pytest.raises(
+        SliceFineError, match=r"`data\.packing`: opt does not keep packed examples apart; set it to false"
+    ):
+        train(Recipe.from_flat(packed | {"model.name": opt_folder}))
+    assert not (tmp_path / "run").exists()
+    assert train(Recipe.from_flat(packed)).status == "finished"  # Llama keeps them apart
+    joined = packed | {"model.name": opt_folder, "data.packing_strategy": "wrapped", "output": str(tmp_path / "joined")}
+    assert train(Recipe.from_flat(joined)).status == "finished"
+
+
+def test_validation_examples_are_padded_and_not_packed(
+    lm_settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = []
+    step = CausalLMTrainer.prediction_step
+
+    def prediction_step(self: CausalLMTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        seen.append((set(inputs), len(inputs["input_ids"])))
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(CausalLMTrainer, "prediction_step", prediction_step)
+    before = [
+        train(
+            Recipe.from_flat(
+                lm_settings | {"data.packing": packing, "output": str(tmp_path / str(packing)), "training.max_steps": 5}
+            )
+        ).metrics["before"]
+        for packing in (False, True)
+    ]
+    assert before[0] == before[1]
+    assert {(frozenset(names), rows) for names, rows in seen} == {
+        (frozenset({"input_ids", "labels", "attention_mask"}), 6)
+    }
+
+
+@pytest.fixture
 def without(lm_folder: Path, tmp_path: Path) -> Callable[..., str]:
     """The tiny Llama without some special tokens."""
 
@@ -347,6 +523,29 @@ def without(lm_folder: Path, tmp_path: Path) -> Callable[..., str]:
         return str(folder)
 
     return make
+
+
+@pytest.mark.parametrize("by_itself", [True, False], ids=["a tokenizer that ends texts", "one that does not"])
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"prompt": "a", "completion": "b"}, "b</s>"),
+        ({"prompt": "a", "completion": "b</s>"}, "b</s>"),
+        ({"prompt": "a</s>", "completion": "b"}, "b</s>"),
+        ({"text": "b"}, "b</s>"),
+        ({"text": "b</s>"}, "b</s>"),
+    ],
+)
+def test_there_is_one_end_token(
+    lm_settings: dict[str, Any], lm_folder: Path, tmp_path: Path, row: dict[str, str], wanted: str, by_itself: bool
+) -> None:
+    folder = tmp_path / "ending"
+    shutil.copytree(lm_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_eos_token = by_itself
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("a")["input_ids"][-1] == (1 if by_itself else 66)
+    assert learned(prepared(lm_settings, [row], model__name=str(folder))).removeprefix("<s>") == wanted
 
 
 def test_no_pad_token(lm_settings: dict[str, Any]) -> None:

@@ -130,8 +130,9 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     """Load tokenizer and model; tokenize, cut and pack the examples."""
     settings, data = recipe.model, recipe.data
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.name)
-        config = AutoConfig.from_pretrained(settings.name)
+        # Without `trust_remote_code`, transformers asks on the terminal whether to run code that comes with the model.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.name, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(settings.name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SliceFineError(_not_loaded(settings, error)) from error
     text_config = config.get_text_config()
@@ -151,9 +152,16 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            settings.name, config=config, dtype=settings.dtype, output_loading_info=True
+            settings.name,
+            config=config,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
         model, report = loaded
+    except ImportError as error:  # of flash attention
+        raise SliceFineError(f"`model.attn_implementation`: {str(error).splitlines()[0]}") from error
     except (OSError, ValueError) as error:
         raise SliceFineError(_not_loaded(settings, error)) from error
     if report["missing_keys"]:
@@ -163,11 +171,8 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
         )
     train = sets["train"]
     if data.packing:
-        before = len(train)
-        train = pack_dataset(train, data.max_length, data.packing_strategy)
-        notes.append(
-            f"Packing: {before:,} training examples in {len(train):,} sequences of up to {data.max_length} tokens."
-        )
+        train, note = _pack(train, data)
+        notes.append(note)
     return Prepared(
         model=model,
         tokenizer=tokenizer,
@@ -182,8 +187,8 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
 
 def load_base(name: str, folder: Path) -> PreTrainedModel:
     """The base model in the dtype that `config.json` in the adapter's `folder` says."""
-    config = AutoConfig.from_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=config.dtype)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=config.dtype, trust_remote_code=False)
 
 
 # ---------------------------------------------------------------- reading
@@ -311,28 +316,33 @@ class _Encoder:
         return encoded
 
     def boundary_notes(self) -> list[str]:
-        """Say where the end of a prompt and the beginning of its completion became one token."""
+        """Say where the end of a prompt and the beginning of its completion became one token, and where no end is learned."""
+        notes = self._chat.end_notes() if self._chat else []
         if not self._merged:
-            return []
+            return notes
         place, end = self._merged[0]
         return [
+            *notes,
             f"In {len(self._merged)} examples ({place} is the first) the last token of the prompt, {end!r}, is another one when the "
             "completion follows: the model will meet a slightly different prompt than it was trained on. Let prompts end "
-            "with a line break, or completions begin without white space."
+            "with a line break, or completions begin without white space.",
         ]
 
     def _texts(self, rows: list[dict[str, Any]], encoded: list[_Encoded], problems: list[str]) -> None:
         end: Any = self._tokenizer.eos_token_id
+        empty: Any = self._tokenizer("")["input_ids"]
+        # Some tokenizers end every text. One that begins every text with the same token (OPT's) does not.
+        ends = end is not None and empty[-1:] == [end] and empty != [self._tokenizer.bos_token_id]
         whole = [row["text"] if "text" in row else row["prompt"] + row["completion"] for row in rows]
         all_ids: Any = self._tokenizer(whole)["input_ids"]
         prompts: Any = [[]] * len(rows)
         if "text" not in rows[0]:
             prompts = self._tokenizer([row["prompt"] for row in rows])["input_ids"]
         for row, ids, prompt_ids in zip(rows, all_ids, prompts, strict=True):
+            if ends:
+                ids, prompt_ids = ids[:-1], prompt_ids[:-1]
             if end is not None and ids[-1:] != [end]:
                 ids = [*ids, end]
-            if prompt_ids[-1:] == [end]:  # some tokenizers end every text
-                prompt_ids = prompt_ids[:-1]
             self._add(row["place"], ids, prompt_ids, encoded, problems)
 
     def _conversations(self, rows: list[dict[str, Any]], encoded: list[_Encoded], problems: list[str]) -> None:
@@ -393,6 +403,29 @@ def _cut(examples: list[_Encoded], data: DataSettings, name: str) -> tuple[Datas
     if cut:
         notes.append(f"{cut} of {len(examples)} {name} examples are cut to {data.max_length} tokens.")
     return Dataset.from_dict(kept), notes
+
+
+def _pack(train: Dataset, data: DataSettings) -> tuple[Dataset, str]:
+    """Several examples a sequence, but for the sequences that parts of prompts alone have come into; and what was done."""
+    packed = pack_dataset(train, data.max_length, data.packing_strategy)
+    learning = [number for number, row in enumerate(packed) if _learns(row)]
+    if not learning:
+        raise SliceFineError(
+            f"Data: packed ({data.packing_strategy}) into sequences of `data.max_length` ({data.max_length} tokens), the examples "
+            "leave nothing to learn. Raise `data.max_length`."
+        )
+    note = f"Packing: {len(train):,} training examples in {len(learning):,} sequences of up to {data.max_length} tokens"
+    if len(learning) == len(packed):
+        return packed, f"{note}."
+    return packed.select(learning), f"{note}; {len(packed) - len(learning):,} more, of prompts alone, are left out."
+
+
+def _learns(row: Any) -> bool:
+    """Whether a packed sequence has a label that counts: the first token of an example, or of a part, is never predicted."""
+    labels = np.array(row["labels"])
+    starts = np.cumsum([0, *row.get("seq_lengths", labels.shape)[:-1]])
+    labels[starts] = IGNORED
+    return bool((labels != IGNORED).any())
 
 
 def _not_loaded(settings: ModelSettings, error: Exception) -> str:

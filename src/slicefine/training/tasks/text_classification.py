@@ -126,7 +126,7 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     """Load tokenizer and model, and tokenize the examples. Padding is left to each batch."""
     settings = recipe.model
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.name, trust_remote_code=False)
         if tokenizer.pad_token is None:  # decoders have none, and look for the last token before the padding
             tokenizer.pad_token = tokenizer.eos_token
         config = AutoConfig.from_pretrained(
@@ -136,6 +136,7 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
             label2id={name: number for number, name in enumerate(examples.classes)},
             problem_type="single_label_classification",
             pad_token_id=tokenizer.pad_token_id,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise SliceFineError(_not_loaded(settings, error)) from error
@@ -148,8 +149,15 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
         )
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            settings.name, config=config, dtype=settings.dtype, output_loading_info=True
+            settings.name,
+            config=config,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
+    except ImportError as error:  # of flash attention
+        raise SliceFineError(f"`model.attn_implementation`: {str(error).splitlines()[0]}") from error
     except (OSError, ValueError) as error:
         raise SliceFineError(_not_loaded(settings, error)) from error
 
@@ -170,8 +178,10 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
 
 def load_base(name: str, folder: Path) -> PreTrainedModel:
     """The base model with the classes and dtype that `config.json` in the adapter's `folder` says."""
-    config = AutoConfig.from_pretrained(folder)
-    return AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=config.dtype)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return AutoModelForSequenceClassification.from_pretrained(
+        name, config=config, dtype=config.dtype, trust_remote_code=False
+    )
 
 
 def scores(prediction: EvalPrediction) -> dict[str, float]:

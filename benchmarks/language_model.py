@@ -189,7 +189,9 @@ def ablations(options: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
         "rows alone, never moving": {"axis": "row", "slide_every": None},
         "columns alone, never moving": {"axis": "column", "slide_every": None},
     }
-    return {f"{EQUAL}: {name}": sliced(EQUAL_R, options, **change) for name, change in changes.items()}
+    return {f"{EQUAL}: {name}": sliced(EQUAL_R, options, **change) for name, change in changes.items()} | {
+        "SliceFine-15C": sliced(15, options, axis="column")  # LoRA's count, as the default shapes are wider than high
+    }
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,10 @@ def test_what_cannot_be_evaluated(make_model: Callable[..., str], tmp_path: Path
 
     says(empty, r"empty has no adapter_config\.json and no config\.json")
     says(tmp_path / "adaptr", r"there is no folder .*adaptr\. Did you mean 'adapter'\?")
-    says(run, r"A finished run is evaluated; .*run has no adapter yet. Finish it with .slicefine train .*recipe\.yaml --resume")
+    says(
+        run,
+        r"A finished run is evaluated; .*run has no adapter yet. Finish it with .slicefine train .*recipe\.yaml --resume",
+    )
     path.write_text(json.dumps(good | {"task_type": "SEQ_CLS"}))
     says(adapter, r"language models \(task_type CAUSAL_LM\); .*adapter_config\.json has 'SEQ_CLS'")
     path.write_text(json.dumps(good | {"base_model_name_or_path": str(tmp_path / "gone")}))

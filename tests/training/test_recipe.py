@@ -125,6 +125,7 @@ def test_what_is_missing_is_named_with_its_help_and_the_rest_is_checked(tmp_path
         ("training: {bf16: 3}\n", "`training.bf16` is true or false; got 3."),
         ("slice: {slide_every: often}\n", "`slice.slide_every` is a whole number or null; got 'often'."),
         ("slice: {slide_every: None}\n", "`slice.slide_every` is a whole number or null; got 'None'. Write null."),
+        ("data: {validation: none}\n", "`data.validation` cannot be left out. Use a small fraction"),
         (
             "data: {validation: 10%}\n",
             "`data.validation` as a fraction is a number between 0 and 1; got '10%'. Write 0.1.",

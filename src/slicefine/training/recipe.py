@@ -225,6 +225,8 @@ class Recipe:
         if self.training.max_steps < 1 and self.training.max_steps != -1:
             found.append(f"`training.max_steps` is at least 1, or -1 for none; got {self.training.max_steps}.")
         fraction = self.data.validation
+        if isinstance(fraction, str) and fraction.lower() in ("none", "null"):
+            found.append("`data.validation` cannot be left out. Use a small fraction, such as 0.01.")
         if not isinstance(fraction, str) and not 0 < fraction < 1:
             found.append(f"`data.validation` as a fraction lies between 0 and 1, ends excluded; got {fraction}.")
         if isinstance(fraction, str) and re.fullmatch(r"\d+(\.\d+)? ?%", fraction):

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from _common import Figure, Table, cores, cpu_model, parser, positive, provenance, say, spread, write
+from _common import Figure, Table, cpu_model, parser, positive, provenance, say, spread, write
 from _memory import alive, keep_freed_memory, size
 from peft import get_peft_model
-from step_time import Variant, base_model, batches
+from step_time import Variant, add_model, base_model, batches
 from torch import nn
 
 from slicefine import SliceFineConfig
@@ -107,16 +107,9 @@ def memory_over_moves(options: argparse.Namespace) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__.splitlines()[0])
-    made.add_argument("--threads", type=positive, default=cores(), help="CPU threads")
     made.add_argument("--rounds", type=positive, default=9, help="timed rounds")
     made.add_argument("--warmup", type=positive, default=2, help="untimed rounds before")
-    made.add_argument("--batch", type=positive, default=8, help="sequences")
-    made.add_argument("--tokens", type=positive, default=256, help="tokens a sequence")
-    made.add_argument("--layers", type=positive, default=6, help="decoder layers")
-    made.add_argument("--hidden", type=positive, default=512, help="width of the model")
-    made.add_argument("--intermediate", type=positive, default=1408, help="width of the MLP")
-    made.add_argument("--heads", type=positive, default=8, help="attention heads")
-    made.add_argument("--vocab", type=positive, default=4096, help="tokens in the vocabulary")
+    add_model(made)
     made.add_argument("--r", type=positive, default=5, help="rank: rows or columns in a slice")
     made.add_argument("--moves", type=positive, default=10, help="moves of each adapter before it is exchanged")
     made.add_argument("--switches", type=positive, default=1000, help="switches between two adapters")

@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from _common import Figure, Table, cores, cpu_model, parser, positive, provenance, say, write
 from peft import LoraConfig, get_peft_model
+from step_time import base_model
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.optim import AdamW
-from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from slicefine import SliceFineConfig, SliceFineWarning
 from slicefine.slicing import active_size
@@ -101,23 +102,6 @@ def read_texts(options: argparse.Namespace) -> Texts:
         [joined["docstrings"], joined["train"]], vocab_size=options.vocab, show_progress=False
     )
     return Texts(**{name: torch.tensor(tokenizer.encode(text).ids) for name, text in joined.items()})
-
-
-def new_model(options: argparse.Namespace) -> LlamaForCausalLM:
-    """A model with random weights."""
-    torch.manual_seed(options.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=options.hidden,
-            intermediate_size=options.intermediate,
-            num_hidden_layers=options.layers,
-            num_attention_heads=options.heads,
-            num_key_value_heads=options.heads,
-            vocab_size=options.vocab,
-            max_position_embeddings=options.tokens,
-            use_cache=False,
-        )
-    )
 
 
 def train(model: Any, text: Tensor, options: argparse.Namespace, *, steps: int, lr: float, seed: int) -> None:
@@ -212,7 +196,7 @@ def tune(options: argparse.Namespace, folder: Path, job: tuple[str, float, int])
     warnings.simplefilter("ignore", SliceFineWarning)  # narrow weights of very small models
     method, lr, seed = job
     texts: Texts = torch.load(folder / "texts.pt", weights_only=False)
-    model = new_model(options)
+    model = base_model(options)
     model.load_state_dict(torch.load(folder / "model.pt"))
     torch.manual_seed(seed)
     model = (methods(options) | ablations(options))[method](model)
@@ -241,7 +225,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> Results:
     """Pretrain, then make all runs."""
     texts = read_texts(options)
     say(f"{len(texts.docstrings):,} tokens of docstrings, {len(texts.train):,} of code")
-    model = new_model(options)
+    model = base_model(options)
     train(model, texts.docstrings, options, steps=options.pretrain_steps, lr=3e-3, seed=options.seed)
     before = {"validation": loss_on(model, texts.validation, options), "test": loss_on(model, texts.test, options)}
     say(f"pretrained; loss on code {before['test']:.3f}")

@@ -297,11 +297,9 @@ def extra_bytes(axis: str, options: argparse.Namespace, r: int = 1) -> dict[str,
     return row
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    made = parser(__doc__.splitlines()[0])
+def add_model(made: argparse.ArgumentParser) -> None:
+    """Add the options of the model, its batches and its threads."""
     made.add_argument("--threads", type=positive, default=cores(), help="CPU threads")
-    made.add_argument("--rounds", type=positive, default=9, help="timed rounds; a round is one step of every variant")
-    made.add_argument("--warmup", type=positive, default=2, help="untimed rounds before")
     made.add_argument("--batch", type=positive, default=8, help="sequences")
     made.add_argument("--tokens", type=positive, default=256, help="tokens a sequence")
     made.add_argument("--layers", type=positive, default=6, help="decoder layers")
@@ -309,6 +307,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--intermediate", type=positive, default=1408, help="width of the MLP")
     made.add_argument("--heads", type=positive, default=8, help="attention heads")
     made.add_argument("--vocab", type=positive, default=4096, help="tokens in the vocabulary")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    made = parser(__doc__.splitlines()[0])
+    made.add_argument("--rounds", type=positive, default=9, help="timed rounds; a round is one step of every variant")
+    made.add_argument("--warmup", type=positive, default=2, help="untimed rounds before")
+    add_model(made)
     made.add_argument("--moves", type=positive, default=10, help="moves before extra bytes are counted")
     options = made.parse_args(arguments)
     torch.set_num_threads(options.threads)

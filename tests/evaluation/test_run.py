@@ -120,7 +120,10 @@ def test_the_same_command_goes_on(
     assert second.tasks == whole.tasks
     assert second.average == whole.average is not None
     assert lines(tmp_path / "out")[:3] == kept
-    key = lambda line: (line["task"], line["row"])  # noqa: E731 -- a name for the next line alone
+
+    def key(line):
+        return line["task"], line["row"]
+
     assert sorted(lines(tmp_path / "out"), key=key) == sorted(lines(tmp_path / "whole"), key=key)
     assert [session["answers"] for session in saved(tmp_path / "out")["sessions"]] == [3, 2]
 

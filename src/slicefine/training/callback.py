@@ -137,14 +137,9 @@ def tuned_layers(model: nn.Module) -> dict[str, SliceLinear]:
     return {name: layer for name, layer in layers.items() if isinstance(layer, SliceLinear)}
 
 
-def _state(layer: SliceLinear) -> Any:
-    assert layer.installed is not None
-    return layer.slicefine_state[layer.installed]
-
-
 def progress(layers: dict[str, SliceLinear]) -> tuple[int, Any]:
     """Optimizer steps made and the schedule; all layers of an adapter agree on both."""
-    state = _state(next(iter(layers.values())))
+    state = next(iter(layers.values())).state
     return state.step, state.schedule
 
 
@@ -154,7 +149,7 @@ def _moves(layers: dict[str, SliceLinear]) -> int:
 
 
 def _finished_slice(layer: SliceLinear) -> Slice:
-    state = _state(layer)
+    state = layer.state
     return state.schedule.slice_at(state.step - 1, layer.shape)
 
 

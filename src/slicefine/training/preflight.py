@@ -158,7 +158,7 @@ def _calls(model: nn.Module, layers: dict[str, SliceLinear]) -> Iterator[set[str
 def _unchanged_by_a_step(trainer: CheckedTrainer, layers: dict[str, SliceLinear]) -> list[str]:
     """Targets of which one step of the run's optimizer changes no bit. The steps are made, and count."""
     before = {name: _active_values(layer) for name, layer in layers.items()}
-    places = {name: _state(layer).active for name, layer in layers.items()}
+    places = {name: layer.state.active for name, layer in layers.items()}
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(trainer.args)
     masters = [master for layer in layers.values() for master in _masters(layer)]
     kind(masters, **settings | {"weight_decay": 0.0}).step()
@@ -167,11 +167,6 @@ def _unchanged_by_a_step(trainer: CheckedTrainer, layers: dict[str, SliceLinear]
         for name, layer in layers.items()
         if torch.equal(vectors(weight_of(layer.base_layer), places[name].axis)[_span(places[name])], before[name])
     ]
-
-
-def _state(layer: SliceLinear) -> Any:
-    assert layer.installed is not None
-    return layer.slicefine_state[layer.installed]
 
 
 def _masters(layer: SliceLinear) -> list[nn.Parameter]:
@@ -185,7 +180,7 @@ def _span(piece: Any) -> slice:
 
 def _active_values(layer: SliceLinear) -> Tensor:
     """A copy of the rows or columns of the weight that the next step trains."""
-    piece = _state(layer).active
+    piece = layer.state.active
     return vectors(weight_of(layer.base_layer).detach(), piece.axis)[_span(piece)].clone()
 
 
@@ -201,7 +196,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     for layer in tuned_layers(model).values():
         weight = weight_of(layer.base_layer)
         state = {name: value.clone() for name, value in layer.state_dict().items() if ".slicefine_" in f".{name}"}
-        kept.append((layer, weight, _state(layer).active, _active_values(layer), state))
+        kept.append((layer, weight, layer.state.active, _active_values(layer), state))
     model.train()
     try:
         yield

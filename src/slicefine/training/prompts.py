@@ -2,7 +2,7 @@
 
 It is Alpaca's, without line breaks inside a sentence and without indentation. The published scripts (`finetune.py`,
 `commonsense_evaluate.py`, `evaluate.py`) write it inside indented source, so that every line but the first begins with 16
-spaces there; what stands behind "request." (a space, none, a stray `# noqa`) differs between their versions. A model tuned with
+spaces there; what stands behind "request." (a space, none, a stray comment) differs between their versions. A model tuned with
 those scripts has seen these spaces; one tuned here has not, and is scored without them.
 """
 

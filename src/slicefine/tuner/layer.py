@@ -89,6 +89,12 @@ class SliceLinear(nn.Module, BaseTunerLayer):
         """The adapter whose values the weight holds, or None if it holds the original ones."""
         return self._installed
 
+    @property
+    def state(self) -> AdapterState:
+        """What is known of the installed adapter, of which there must be one."""
+        assert self._installed is not None
+        return self.slicefine_state[self._installed]
+
     # ------------------------------------------------------------------ adapters come and go
 
     def add(self, adapter: str, schedule: Schedule, *, train_bias: bool, perturb: bool) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import weakref
 
 import pytest
 import torch
@@ -235,21 +236,30 @@ def test_an_inner_optimizer_is_forgotten_when_the_outer_one_raises():
     assert {layer.slicefine_state["default"].step for layer in layers(model)} == {0}
 
 
-def test_models_made_in_another_thread_while_this_one_trains():
+def test_a_model_made_in_another_thread_waits_for_the_hook(monkeypatch):
+    """A set that grows while it is walked through raises."""
+    from slicefine.tuner import sliding
+
     _, model = adapted_mlp()
-    stop = threading.Event()
+    other = layers(adapted_mlp()[1])[0]
+    threads, waited = [], []
 
-    def build():
-        while not stop.is_set():
-            adapted_mlp()
+    class Watched(weakref.WeakSet):
+        def __iter__(self):
+            threads.append(threading.Thread(target=sliding.watch, args=(other,)))
+            threads[-1].start()
+            threads[-1].join(0.2)
+            waited.append(threads[-1].is_alive())
+            yield from super().__iter__()
 
-    thread = threading.Thread(target=build)
-    thread.start()
-    try:
-        fit(model, 200)
-    finally:
-        stop.set()
+    watched = Watched(layers(model))
+    monkeypatch.setattr(sliding, "_layers", watched)
+    fit(model, 1)
+    for thread in threads:
         thread.join()
+    assert waited
+    assert all(waited)
+    assert other in watched
 
 
 # dynamo makes an instance of every autograd function that it traces, and torch warns of that

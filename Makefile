@@ -16,7 +16,7 @@ test: $(READY)  ## run the tests
 check: $(READY)  ## lint, types, import order, tests
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(RUN)
 	$(VENV)/bin/lint-imports
 	$(MAKE) test
 

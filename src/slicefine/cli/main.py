@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 something is wrong with what was asked, 130 interrupted.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("slicefine: interrupted", file=sys.stderr)
             return INTERRUPTED
+        except BrokenPipeError:  # `| head` has seen enough; what Python writes when it ends must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return OK
 
 
 def _run(arguments: list[str]) -> int:

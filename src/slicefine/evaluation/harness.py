@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,12 @@ def ask(
 
     Raises `SliceFineError` if the harness does not get its test sets.
     """
-    # Ignored, because the extra `eval` may be missing where types are checked.
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    # Not checked: the extra `eval` may be missing where types are checked, and the harness's own are lost in its decorators.
+    harness: Any = import_module("lm_eval")
+    HFLM: Any = import_module("lm_eval.models.huggingface").HFLM  # noqa: N806 -- a class
 
     try:
-        found = simple_evaluate(
+        found = harness.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks.values()),
             limit=limit,

@@ -33,7 +33,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from slicefine import SliceFineConfig, SliceFineWarning
 from slicefine.slicing import active_size
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 INTRO = """\
 A Llama (hidden {hidden}, intermediate {intermediate}, {layers} layers, {heads} heads, vocabulary {vocab}) is trained from scratch on \
@@ -150,10 +150,10 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
 
 def trainable_entries(model: Any, options: argparse.Namespace) -> int:
     """Entries that a step trains; for slices the mean of a step on rows and one on columns."""
-    if not any(isinstance(module, SliceLinear) for module in model.modules()):
+    if not any(isinstance(module, SliceLayer) for module in model.modules()):
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     schedule = model.peft_config["default"].schedule
-    shapes = [module.shape for module in model.modules() if isinstance(module, SliceLinear)]
+    shapes = [module.shape for module in model.modules() if isinstance(module, SliceLayer)]
     sizes = [active_size(schedule, shape, step) for shape in shapes for step in (0, schedule.slide_every or 0)]
     return sum(sizes) // 2
 

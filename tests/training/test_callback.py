@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from slicefine import SliceFineCallback, SliceFineConfig, SliceFineError, SliceFineWarning
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -89,7 +89,7 @@ def test_what_is_logged(make_trainer: Callable[..., Trainer]) -> None:
 
 def test_norms_of_a_finished_slice_are_exact(make_trainer: Callable[..., Trainer]) -> None:
     model = make_model(axis="column")
-    (layer,) = [m for name, m in model.named_modules() if name.endswith("query") and isinstance(m, SliceLinear)]
+    (layer,) = [m for name, m in model.named_modules() if name.endswith("query") and isinstance(m, SliceLayer)]
     before = layer.base_layer.weight.detach().clone()
     trainer = make_trainer(model, max_steps=5)
     trainer.train()
@@ -102,8 +102,8 @@ def test_norms_are_computed_when_logged_and_at_moves_only(
     make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
-    read = SliceLinear.original_values
-    monkeypatch.setattr(SliceLinear, "original_values", lambda self, *a: reads.append(a) or read(self, *a))
+    read = SliceLayer.original_values
+    monkeypatch.setattr(SliceLayer, "original_values", lambda self, *a: reads.append(a) or read(self, *a))
     make_trainer(make_model(slide_every=50), logging_steps=50, max_steps=100).train()
     # 2 targets: 2 logs and 2 moves, and the look for slices that never moved at the end.
     assert len(reads) <= 2 * (2 + 2 + 2)

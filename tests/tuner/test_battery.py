@@ -34,7 +34,7 @@ from tiny import batch, bert, conv_mlp, differences, electra, gpt2, llama, mlp, 
 from torch import nn
 
 from slicefine import SliceFineConfig, SliceFineError, active_slices, parameter_counts, touched_slices
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def only(*names):
 
 
 def layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, SliceLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, SliceLayer)}
 
 
 def is_adapter(name):
@@ -126,7 +126,7 @@ def mentions(model, adapter):
     """Where a model still knows of an adapter."""
     found = [name for name in model.state_dict() if adapter in name.split(".")]
     for name, module in model.named_modules():
-        if isinstance(module, SliceLinear):
+        if isinstance(module, SliceLayer):
             holders = (*module.adapter_layer_names, *module.other_param_names)
             found += [f"{name}.{holder}" for holder in holders if adapter in getattr(module, holder)]
             found += [name] * (adapter in module.active_adapters)
@@ -714,10 +714,10 @@ def test_status(arch):
     assert status.devices == {"default": ["cpu"]}
     names = [f"model.{name}" for name in active_slices(model)]
     assert status.num_adapter_layers >= len(names)
-    assert [layer.name for layer in model.get_layer_status() if layer.module_type == "slicefine.SliceLinear"] == names
+    assert [layer.name for layer in model.get_layer_status() if layer.module_type == "slicefine.SliceLayer"] == names
     model.merge_adapter()
     merged = [
-        layer.merged_adapters for layer in model.get_layer_status() if layer.module_type == "slicefine.SliceLinear"
+        layer.merged_adapters for layer in model.get_layer_status() if layer.module_type == "slicefine.SliceLayer"
     ]
     assert merged == [["default"]] * len(names)
     model.unmerge_adapter()
@@ -731,7 +731,7 @@ def test_the_base_model_inside(arch):
     name = next(iter(active_slices(model)))
     layer = model.get_base_model().get_submodule(name)
     base = arch.base().get_submodule(name)
-    assert repr(layer).startswith("slicefine.SliceLinear(\n  (base_layer): " + repr(base))
+    assert repr(layer).startswith("slicefine.SliceLayer(\n  (base_layer): " + repr(base))
     assert layer.get_base_layer() is layer.base_layer
     assert layer.weight.shape == base.weight.shape
     assert (layer.in_features, layer.out_features) == (arch.inputs["x"].shape[1], 20) if "x" in arch.inputs else True

@@ -9,13 +9,13 @@ from tiny import adapted_mlp, batch, differences, fit, mlp, outputs, trainable
 
 from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning, active_slices
 from slicefine.slicing import Slice
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 SETTINGS = {"axis": "alternate", "bias": "slicefine_only"}
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, SliceLinear)]
+    return [module for module in model.modules() if isinstance(module, SliceLayer)]
 
 
 def consistent(model):

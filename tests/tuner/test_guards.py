@@ -10,11 +10,11 @@ from peft import get_peft_model
 from tiny import adapted_mlp, batch, differences, fit, llama, outputs, tokens, trainable
 
 from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning, active_slices
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, SliceLinear)]
+    return [module for module in model.modules() if isinstance(module, SliceLayer)]
 
 
 # ---------------------------------------------------------------------- backward passes that come too late

@@ -17,7 +17,7 @@ from transformers.optimization import Adafactor as ScaledAdafactor
 from slicefine import SliceFineConfig, SliceFineError, active_slices
 from slicefine.slicing import Slice
 from slicefine.training.callback import SliceFineCallback
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 STEPS = 20
 TARGETS = ("lin0", "lin1")
@@ -107,7 +107,7 @@ WHOLE_TENSOR = {
 
 
 def slice_layers(model):
-    return [module for module in model.modules() if isinstance(module, SliceLinear)]
+    return [module for module in model.modules() if isinstance(module, SliceLayer)]
 
 
 def masters(model):

@@ -12,7 +12,7 @@ import slicefine
 from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning, active_slices, parameter_counts, touched_slices
 from slicefine.kernel import vectors
 from slicefine.slicing import Slice
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 
 @pytest.mark.parametrize("order", ["sweep", "random"])
@@ -36,7 +36,7 @@ def test_the_weight_follows_the_master_after_every_step():
     optimizer = None
     for _ in range(8):
         optimizer = fit(model, 1, optimizer=optimizer)
-        for layer in (m for m in model.modules() if isinstance(m, SliceLinear)):
+        for layer in (m for m in model.modules() if isinstance(m, SliceLayer)):
             active = layer.slicefine_state["default"].active
             present = vectors(layer.base_layer.weight, active.axis)[active.start : active.stop]
             assert torch.equal(present, layer._in_use("default").to(torch.bfloat16))
@@ -216,7 +216,7 @@ def test_casting_the_model_keeps_masters_wide(cast):
     _, model = adapted_mlp(axis="alternate", bias="slicefine_only")
     fit(model, 4)
     model.to(cast)
-    for layer in (m for m in model.modules() if isinstance(m, SliceLinear)):
+    for layer in (m for m in model.modules() if isinstance(m, SliceLayer)):
         assert layer.base_layer.weight.dtype is cast
         assert layer.slicefine_weight["default"].dtype is torch.float32
         assert layer.slicefine_bias["default"].dtype is torch.float32

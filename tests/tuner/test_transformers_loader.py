@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from slicefine import SliceFineConfig, SliceFineError, active_slices, touched_slices
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 IDS = tokens()
 WEIGHTS = "adapter_model.safetensors"
@@ -111,7 +111,7 @@ def test_a_wrong_base_is_refused_and_left_alone(saved):
     with pytest.raises(SliceFineError, match=r"layers.0.mlp.up_proj.*other values"):
         model.load_adapter(str(adapter))
     assert torch.equal(outputs(model, IDS).logits, before)
-    assert not any(isinstance(module, SliceLinear) for module in model.modules())
+    assert not any(isinstance(module, SliceLayer) for module in model.modules())
     assert not hasattr(model, "peft_config")
 
 
@@ -140,7 +140,7 @@ def test_a_bad_file_is_refused_and_the_model_left_alone(saved, how):
         assert list(model.peft_config) == ["first"]
         assert model.active_adapters() == ["first"]
     else:
-        assert not any(isinstance(module, SliceLinear) for module in model.modules())
+        assert not any(isinstance(module, SliceLayer) for module in model.modules())
         assert not hasattr(model, "peft_config")
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
     model.load_adapter(str(adapter.with_name("good")), "good")

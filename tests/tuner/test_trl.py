@@ -36,7 +36,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from slicefine import SliceFineConfig, SliceFineWarning, touched_slices
 from slicefine.slicing import Region
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 pytestmark = [
     # TRL 1.16 uses names that transformers 5.23 has renamed
@@ -173,7 +173,7 @@ def trainer_for(trainer_class, axis, before, folder, *, model=None, data=None, *
 def watch_references(model):
     """A list that will hold every call which is not the policy's, with the log-probabilities that came out."""
     calls = []
-    layer = next(module for module in model.modules() if isinstance(module, SliceLinear))
+    layer = next(module for module in model.modules() if isinstance(module, SliceLayer))
 
     def note(module, args, kwargs, output):
         if layer.installed != "default":

@@ -16,7 +16,7 @@ from transformers import GreedyLR, TrainerCallback, TrainerControl, TrainerState
 from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.slicing import Slice
 from slicefine.tuner.inspection import active_slices, unmoved, update_norm, update_norms
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 # The authors' runs make 5 to 10 moves.
 GOOD_MOVES = 8
@@ -126,7 +126,7 @@ class SliceFineCallback(TrainerCallback):
             )
 
 
-def tuned_layers(model: nn.Module) -> dict[str, SliceLinear]:
+def tuned_layers(model: nn.Module) -> dict[str, SliceLayer]:
     """Target name -> its layer. Raises `SliceFineError` if no slicefine adapter is active in `model`."""
     modules = dict(model.named_modules())
     layers = {name: modules.get(name) or modules[f"base_model.model.{name}"] for name in active_slices(model)}
@@ -134,21 +134,21 @@ def tuned_layers(model: nn.Module) -> dict[str, SliceLinear]:
         raise SliceFineError(
             "Training needs an active slicefine adapter; that of the model is disabled. Activate it with `set_adapter`."
         )
-    return {name: layer for name, layer in layers.items() if isinstance(layer, SliceLinear)}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, SliceLayer)}
 
 
-def progress(layers: dict[str, SliceLinear]) -> tuple[int, Any]:
+def progress(layers: dict[str, SliceLayer]) -> tuple[int, Any]:
     """Optimizer steps made and the schedule; all layers of an adapter agree on both."""
     state = next(iter(layers.values())).state
     return state.step, state.schedule
 
 
-def _moves(layers: dict[str, SliceLinear]) -> int:
+def _moves(layers: dict[str, SliceLayer]) -> int:
     step, schedule = progress(layers)
     return schedule.moves(step)
 
 
-def _finished_slice(layer: SliceLinear) -> Slice:
+def _finished_slice(layer: SliceLayer) -> Slice:
     state = layer.state
     return state.schedule.slice_at(state.step - 1, layer.shape)
 
@@ -167,7 +167,7 @@ def _refuse_unsupported(args: TrainingArguments) -> None:
         )
 
 
-def _refuse_lost_optimizer(layers: dict[str, SliceLinear], resumed_at: int, scheduler: Any) -> None:
+def _refuse_lost_optimizer(layers: dict[str, SliceLayer], resumed_at: int, scheduler: Any) -> None:
     """Raise if Trainer has resumed without the state of optimizer and scheduler: it loads both or, without a word, neither.
 
     A scheduler at its beginning after steps have been made shows it; the optimizer's state does not, as it may be empty by
@@ -185,7 +185,7 @@ def _refuse_lost_optimizer(layers: dict[str, SliceLinear], resumed_at: int, sche
         )
 
 
-def _warn_if_too_short(layers: dict[str, SliceLinear], steps_to_go: int) -> None:
+def _warn_if_too_short(layers: dict[str, SliceLayer], steps_to_go: int) -> None:
     step, schedule = progress(layers)
     end = step + steps_to_go
     # A move after the last step would train nothing.

@@ -22,7 +22,7 @@ from slicefine.training.callback import tuned_layers
 from slicefine.training.checked import CheckedTrainer, all_finite, not_finite
 from slicefine.training.random_state import RandomState
 from slicefine.tuner.base_layers import weight_of
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 IGNORED = -100
 """A label that torch's losses pass over."""
@@ -142,7 +142,7 @@ def _listed(names: list[str]) -> str:
 
 
 @contextmanager
-def _calls(model: nn.Module, layers: dict[str, SliceLinear]) -> Iterator[set[str]]:
+def _calls(model: nn.Module, layers: dict[str, SliceLayer]) -> Iterator[set[str]]:
     """The names of those targets, and of the modules right around them, that are called within this context."""
     called: set[str] = set()
     wanted = {*layers, *(name.rpartition(".")[0] for name in layers)}
@@ -155,7 +155,7 @@ def _calls(model: nn.Module, layers: dict[str, SliceLinear]) -> Iterator[set[str
         yield called
 
 
-def _unchanged_by_a_step(trainer: CheckedTrainer, layers: dict[str, SliceLinear]) -> list[str]:
+def _unchanged_by_a_step(trainer: CheckedTrainer, layers: dict[str, SliceLayer]) -> list[str]:
     """Targets of which one step of the run's optimizer changes no bit. The steps are made, and count."""
     before = {name: _active_values(layer) for name, layer in layers.items()}
     places = {name: layer.state.active for name, layer in layers.items()}
@@ -169,7 +169,7 @@ def _unchanged_by_a_step(trainer: CheckedTrainer, layers: dict[str, SliceLinear]
     ]
 
 
-def _masters(layer: SliceLinear) -> list[nn.Parameter]:
+def _masters(layer: SliceLayer) -> list[nn.Parameter]:
     adapter: Any = layer.installed
     return [held[adapter] for held in (layer.slicefine_weight, layer.slicefine_bias) if adapter in held]
 
@@ -178,7 +178,7 @@ def _span(piece: Any) -> slice:
     return slice(piece.start, piece.stop)
 
 
-def _active_values(layer: SliceLinear) -> Tensor:
+def _active_values(layer: SliceLayer) -> Tensor:
     """A copy of the rows or columns of the weight that the next step trains."""
     piece = layer.state.active
     return vectors(weight_of(layer.base_layer).detach(), piece.axis)[_span(piece)].clone()

@@ -39,10 +39,12 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """The examples: .jsonl, .json, .csv or .parquet files, or a data set of the hub."""
+    """The examples: .jsonl, .json, .csv or .parquet files, folders of images or clips, or a data set of the hub."""
 
-    train: str
-    """File (.jsonl, .json, .csv, .parquet), or hub name, of the training examples"""
+    train: str | None = None
+    """File (.jsonl, .json, .csv, .parquet), folder of images or clips, or hub name, of the training examples; null = as name says"""
+    name: str | None = None
+    """A data set of the paper: sst2, pets, ucf101, ... (see docs/training.md): its metrics and, from the hub, its source and columns"""
     validation: float | str = 0.1
     """File, split of the hub data set, or fraction of the training examples to split off (0 to 1)"""
     subset: str | None = None
@@ -57,6 +59,18 @@ class DataSettings:
     """text-classification: column of the second text, for pairs; null = single texts"""
     label: str = "label"
     """text-classification: column of the label, an integer or a string"""
+    label_kind: Literal["class", "number"] = "class"
+    """text-classification: number = regression on a label that is a number"""
+    image: str = "image"
+    """image-classification: column of the path, in a table"""
+    video: str = "video"
+    """video-classification: column of the path, in a table"""
+    on_error: Literal["fail", "skip"] = "fail"
+    """image-, video-classification: what to do with files that cannot be read: fail (naming all), or skip (counted and named)"""
+    augmentation: list[str] | None = None
+    """image-, video-classification: changes to training examples: crop, flip, color; null = none"""
+    num_frames: int | None = None
+    """video-classification: frames of a clip that the model sees, evenly spaced; null = as many as the model takes"""
     format: Literal["auto", "instruction", "prompt", "chat", "text"] = "auto"
     """causal-lm: what the columns are; auto = as their names say"""
     packing: bool = False
@@ -146,7 +160,7 @@ class Recipe:
     """All that decides a run."""
 
     task: str
-    """What the model learns: text-classification or causal-lm"""
+    """What the model learns: text-classification, image-classification, video-classification or causal-lm"""
     model: ModelSettings
     data: DataSettings
     output: str

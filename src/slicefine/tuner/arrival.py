@@ -20,7 +20,7 @@ from slicefine.tuner import artifact
 from slicefine.tuner.seal import Seal
 
 if TYPE_CHECKING:
-    from slicefine.tuner.layer import SliceLinear
+    from slicefine.tuner.layer import SliceLayer
     from slicefine.tuner.model import SliceFineModel
 
 ROOM = tuple(f"{artifact.PREFIX}{name}" for name in (*SLICE_AXES, "seal"))
@@ -34,12 +34,12 @@ class Arrival:
         """Call it before `tuner` attaches the adapter: it remembers how the model was."""
         self.adapter = adapter
         self._tuner = tuner
-        self._layers: dict[str, SliceLinear] = {}
+        self._layers: dict[str, SliceLayer] = {}
         modules = tuner.model.modules()
         self._active_before = next((m.active_adapters for m in modules if isinstance(m, BaseTunerLayer)), [])
         self._trainable_before = {_base_name(n) for n, p in tuner.model.named_parameters() if p.requires_grad}
 
-    def expect(self, name: str, layer: SliceLinear, seal: Seal) -> None:
+    def expect(self, name: str, layer: SliceLayer, seal: Seal) -> None:
         """Make room in a layer to which the adapter has just been added."""
         layer.await_arrival(self)
         self._layers[name] = layer
@@ -48,7 +48,7 @@ class Arrival:
             _make_room(layer, part, self.adapter, torch.zeros(len(region.along(axis)), across, dtype=layer.dtype))
         _make_room(layer, artifact.SEAL, self.adapter, torch.zeros_like(seal.tensor()))
 
-    def has_come(self, layer: SliceLinear) -> bool:
+    def has_come(self, layer: SliceLayer) -> bool:
         """Whether a loader has brought something for this layer."""
         return bool(getattr(layer, artifact.SEAL)[self.adapter].any())
 
@@ -87,7 +87,7 @@ class Arrival:
                 delattr(layer, part)
             layer.await_arrival(None)
 
-    def _parts(self, layer: SliceLinear) -> dict[str, Tensor]:
+    def _parts(self, layer: SliceLayer) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {part: getattr(layer, part)[self.adapter] for part in ROOM}
         for parameters, part in ((layer.slicefine_weight, "weight"), (layer.slicefine_bias, "bias")):
             if self.adapter in parameters:
@@ -100,7 +100,7 @@ def _base_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _make_room(layer: SliceLinear, part: str, adapter: str, room: Tensor) -> None:
+def _make_room(layer: SliceLayer, part: str, adapter: str, room: Tensor) -> None:
     holder = BufferDict(persistent=True)
     holder[adapter] = room
     layer.add_module(part, holder)

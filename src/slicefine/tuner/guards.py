@@ -11,10 +11,10 @@ from slicefine.errors import SliceFineError
 from slicefine.tuner.base_layers import same_values
 
 if TYPE_CHECKING:
-    from slicefine.tuner.layer import SliceLinear
+    from slicefine.tuner.layer import SliceLayer
 
 
-def check_written(layer: SliceLinear) -> None:
+def check_written(layer: SliceLayer) -> None:
     """Raise `SliceFineError` if the weight does not follow the parameters of the installed adapter.
 
     Steps of optimizers are written into the weight by hooks. Whatever else changes a parameter is found here, by value:
@@ -44,7 +44,7 @@ def check_written(layer: SliceLinear) -> None:
     layer.has_followed(adapter)
 
 
-def check_shown(layer: SliceLinear, shown: str | None, *_: Any) -> None:
+def check_shown(layer: SliceLayer, shown: str | None, *_: Any) -> None:
     """Raise if a backward pass meets other values than its forward pass, made with adapter `shown`: `dx` would be wrong."""
     if layer.installed != shown:
         then, now = (f"adapter {a!r}" if a else "no adapter" for a in (shown, layer.installed))
@@ -55,7 +55,7 @@ def check_shown(layer: SliceLinear, shown: str | None, *_: Any) -> None:
         )
 
 
-def start_of(layer: SliceLinear, adapter: str) -> int:
+def start_of(layer: SliceLayer, adapter: str) -> int:
     """Which layer this is, its settings, and how far it is, in one number.
 
     The layer keeps it in a buffer too, which DistributedDataParallel overwrites with that of rank 0.
@@ -65,7 +65,7 @@ def start_of(layer: SliceLinear, adapter: str) -> int:
     return (int.from_bytes(start[:8]) >> 2) + state.step
 
 
-def _check_ranks(layer: SliceLinear, adapter: str) -> None:
+def _check_ranks(layer: SliceLayer, adapter: str) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     state = layer.slicefine_state[adapter]

@@ -9,7 +9,7 @@ from torch import nn
 from slicefine.errors import SliceFineError
 from slicefine.slicing import ParameterCounts, Slice, active_size, touched_size
 from slicefine.tuner.artifact import PEFT_ROOT
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 
 
 def active_slices(model: nn.Module) -> dict[str, Slice]:
@@ -51,7 +51,7 @@ def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCou
         touched += touched_size(state.schedule, layer.shape, state.step) + (bias if state.step else 0)
         planned += touched_size(state.schedule, layer.shape, steps or 0) + (bias if steps else 0)
     for module in model.modules():
-        if isinstance(module, SliceLinear):
+        if isinstance(module, SliceLayer):
             masters |= {id(p) for name in module.adapter_layer_names for p in getattr(module, name).parameters()}
     heads = {
         id(p): p
@@ -82,7 +82,7 @@ def update_norms(model: nn.Module) -> dict[str, float]:
     return {name: update_norm(layer, layer.slicefine_state[adapter].active) for name, layer, adapter in _tuned(model)}
 
 
-def update_norm(layer: SliceLinear, piece: Slice) -> float:
+def update_norm(layer: SliceLayer, piece: Slice) -> float:
     """How far a slice of the installed adapter has moved: `||now - original|| / ||original||`, Frobenius norms."""
     assert layer.installed is not None
     where = layer.installed, piece.axis, tuple(piece.indices)
@@ -103,8 +103,8 @@ def unmoved(model: nn.Module) -> list[str]:
     return still
 
 
-def _tuned(model: nn.Module) -> list[tuple[str, SliceLinear, str]]:
-    layers = [(name.removeprefix(PEFT_ROOT), m) for name, m in model.named_modules() if isinstance(m, SliceLinear)]
+def _tuned(model: nn.Module) -> list[tuple[str, SliceLayer, str]]:
+    layers = [(name.removeprefix(PEFT_ROOT), m) for name, m in model.named_modules() if isinstance(m, SliceLayer)]
     if not layers:
         raise SliceFineError(
             f"The model has no slicefine layer; got a {type(model).__name__}. Attach one with "

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 def _settle_after_loading(layer: nn.Module, incompatible_keys: Any) -> None:
     """The state may have been saved with the adapter disabled, or another one active."""
-    assert isinstance(layer, SliceLinear)
+    assert isinstance(layer, SliceLayer)
     for state in layer.slicefine_state.values():
         state.cast(layer.dtype)  # `assign=True` brings the dtype of the state dict
     layer._settle()
 
 
-class SliceLinear(nn.Module, BaseTunerLayer):
+class SliceLayer(nn.Module, BaseTunerLayer):
     """A linear base layer (`nn.Linear`, or transformers' `Conv1D`) of which one slice per adapter is trained."""
 
     adapter_layer_names = ("slicefine_weight", "slicefine_bias")

@@ -21,7 +21,7 @@ from slicefine.tuner import artifact, targets
 from slicefine.tuner.arrival import Arrival
 from slicefine.tuner.base_layers import present_values, same_values, shape_of, weight_of
 from slicefine.tuner.config import SliceFineConfig
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 from slicefine.tuner.seal import Seal
 
 
@@ -35,7 +35,7 @@ class SliceFineModel(BaseTuner):
     """
 
     prefix: str = artifact.PREFIX
-    tuner_layer_cls = SliceLinear
+    tuner_layer_cls = SliceLayer
 
     # ------------------------------------------------------------------ attaching
 
@@ -82,8 +82,8 @@ class SliceFineModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target
-        if not isinstance(layer, SliceLinear):
-            layer = SliceLinear(target, current_key)
+        if not isinstance(layer, SliceLayer):
+            layer = SliceLayer(target, current_key)
             self._replace_module(parent, target_name, layer, target)
         layer.add(
             adapter_name,
@@ -269,12 +269,12 @@ class SliceFineModel(BaseTuner):
         return rest
 
 
-def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, SliceLinear]:
+def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, SliceLayer]:
     """The tuner layers of `model` by name; those that have `adapter_name`, if it is given."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, SliceLinear) and (adapter_name is None or adapter_name in module.slicefine_weight)
+        if isinstance(module, SliceLayer) and (adapter_name is None or adapter_name in module.slicefine_weight)
     }
 
 
@@ -325,7 +325,7 @@ def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list
     )
     for name in found.keys() & config.seals.keys():
         module = found[name]
-        if isinstance(module, SliceLinear):
+        if isinstance(module, SliceLayer):
             shape, original = module.shape, module.base_values
         else:
             shape = shape_of(module)
@@ -386,7 +386,7 @@ def _copy_adapter(model: nn.Module, source: str, adapter: str) -> None:
             module.modules_to_save[adapter].load_state_dict(module.modules_to_save[source].state_dict())
 
 
-def _refuse_other_values(layers: dict[str, SliceLinear], adapter: str, state_dict: dict[str, Tensor]) -> None:
+def _refuse_other_values(layers: dict[str, SliceLayer], adapter: str, state_dict: dict[str, Tensor]) -> None:
     """Raise if what is to be saved is not what the layers hold: `save_pretrained(state_dict=...)` with an average, say."""
     for name, layer in layers.items():
         given, held = state_dict.get(f"{name}.slicefine_weight.{adapter}"), layer.slicefine_weight[adapter]
@@ -428,7 +428,7 @@ def _refuse_unfinite(model: nn.Module, adapter_names: list[str]) -> None:
         )
 
 
-def _unfinite(layers: dict[str, SliceLinear], adapter: str) -> list[str]:
+def _unfinite(layers: dict[str, SliceLayer], adapter: str) -> list[str]:
     """The layers in which `adapter` has trained something to NaN or Inf."""
     bad = []
     for name, layer in layers.items():

@@ -23,9 +23,9 @@ from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.kernel import reset_moments
 
 if TYPE_CHECKING:
-    from slicefine.tuner.layer import SliceLinear
+    from slicefine.tuner.layer import SliceLayer
 
-_layers: weakref.WeakSet[SliceLinear] = weakref.WeakSet()
+_layers: weakref.WeakSet[SliceLayer] = weakref.WeakSet()
 _optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 """Those that have trained slices. Several may hold the same ones, and a move concerns them all."""
 _checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -33,7 +33,7 @@ _threads = threading.local()
 _lock = threading.Lock()
 
 
-def watch(layer: SliceLinear) -> None:
+def watch(layer: SliceLayer) -> None:
     """Let `layer` be looked after from now on, for as long as it lives."""
     with _lock:
         _layers.add(layer)
@@ -120,7 +120,7 @@ def _held(optimizers: list[Optimizer]) -> dict[int, dict[str, Any]]:
     return {id(parameter): group for group in groups for parameter in group["params"]}
 
 
-def _stepped_layers(held: dict[int, dict[str, Any]]) -> list[tuple[SliceLinear, str]]:
+def _stepped_layers(held: dict[int, dict[str, Any]]) -> list[tuple[SliceLayer, str]]:
     """Layers and adapters with a master among the parameters `held`.
 
     An adapter is stepped if it has a gradient, or zeros in its place; the installed one also if it is only trainable.

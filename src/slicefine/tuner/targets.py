@@ -17,7 +17,7 @@ from slicefine.errors import SliceFineError, by_text, did_you_mean
 from slicefine.slicing import ALTERNATE, COLUMN, ROW
 from slicefine.tuner.base_layers import BASE_LAYERS, shape_of
 from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
-from slicefine.tuner.layer import SliceLinear
+from slicefine.tuner.layer import SliceLayer
 from slicefine.tuner.sliding import refuse_sharding
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
 
 def clamped(targets: dict[str, nn.Module], config: SliceFineConfig) -> dict[str, Shape]:
     """The targets whose weight is narrower than `r` along an axis in use, with the shape of the weight."""
-    bases = {name: m.get_base_layer() if isinstance(m, SliceLinear) else m for name, m in targets.items()}
+    bases = {name: m.get_base_layer() if isinstance(m, SliceLayer) else m for name, m in targets.items()}
     shapes = {name: shape_of(base) for name, base in bases.items() if isinstance(base, BASE_LAYERS)}
     return {name: shape for name, shape in shapes.items() if _narrowest(config, shape) < config.r}
 
@@ -89,7 +89,7 @@ def _axis_names(config: SliceFineConfig, shape: Shape) -> str:
 
 def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, nn.Module]) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
-    linear = [name for name, module in model.named_modules() if isinstance(module, (*BASE_LAYERS, SliceLinear))]
+    linear = [name for name, module in model.named_modules() if isinstance(module, (*BASE_LAYERS, SliceLayer))]
     problems = []
     for setting in ("target_modules", "exclude_modules", "modules_to_save"):
         wanted = getattr(config, setting)
@@ -174,7 +174,7 @@ def _environment_problems(model: nn.Module) -> list[str]:
 
 
 def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int], trained: tuple[str, ...]) -> str | None:
-    if isinstance(module, SliceLinear):
+    if isinstance(module, SliceLayer):
         return None
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, BaseTunerLayer):

@@ -714,10 +714,10 @@ def test_status(arch):
     assert status.devices == {"default": ["cpu"]}
     names = [f"model.{name}" for name in active_slices(model)]
     assert status.num_adapter_layers >= len(names)
-    assert [layer.name for layer in model.get_layer_status() if layer.module_type == "slicefine.SliceLayer"] == names
+    assert [layer.name for layer in model.get_layer_status() if layer.module_type == "slicefine.SliceLinear"] == names
     model.merge_adapter()
     merged = [
-        layer.merged_adapters for layer in model.get_layer_status() if layer.module_type == "slicefine.SliceLayer"
+        layer.merged_adapters for layer in model.get_layer_status() if layer.module_type == "slicefine.SliceLinear"
     ]
     assert merged == [["default"]] * len(names)
     model.unmerge_adapter()
@@ -731,7 +731,7 @@ def test_the_base_model_inside(arch):
     name = next(iter(active_slices(model)))
     layer = model.get_base_model().get_submodule(name)
     base = arch.base().get_submodule(name)
-    assert repr(layer).startswith("slicefine.SliceLayer(\n  (base_layer): " + repr(base))
+    assert repr(layer).startswith("slicefine.SliceLinear(\n  (base_layer): " + repr(base))
     assert layer.get_base_layer() is layer.base_layer
     assert layer.weight.shape == base.weight.shape
     assert (layer.in_features, layer.out_features) == (arch.inputs["x"].shape[1], 20) if "x" in arch.inputs else True

@@ -120,5 +120,6 @@ def slice_linear(
 
 
 def vectors(weight: Tensor, axis: str) -> Tensor:
-    """`weight` `(d_out, d_in)` seen as vectors along dimension 0: itself for rows, its transpose for columns. A view."""
-    return weight if axis == ROW else weight.t()
+    """`weight` `(d_out, d_in, *kernel)` with what slices along `axis` consist of in dimension 0: itself for rows,
+    `(d_in, d_out, *kernel)` for columns. A view."""
+    return weight if axis == ROW else weight.transpose(0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from slicefine.slicing.geometry import Region, Shape
 from slicefine.slicing.schedule import Schedule
@@ -47,7 +48,6 @@ def artifact_size(schedule: Schedule, shape: Shape, step: int, *, itemsize: int,
     fp32 master (as long as the longer side of the weight for `alternate`), the fp32 bias if it is trained, and the seal.
     """
     region = Region.of(schedule.touched(step, shape))
-    values = len(region.rows) * shape[1] + len(region.columns) * shape[0]
-    width, length = schedule.widest(shape)
-    master = width * length + (shape[0] if bias else 0)
+    values = (len(region.rows) * shape[1] + len(region.columns) * shape[0]) * prod(shape[2:])
+    master = prod(schedule.widest(shape)) + (shape[0] if bias else 0)
     return values * itemsize + master * MASTER_BYTES + SEAL_BYTES

@@ -2,11 +2,15 @@
 
 A weight has shape `(d_out, d_in)`, as `torch.nn.Linear` stores it. A row is one output feature (dimension 0), a column
 one input feature (dimension 1). The definition is the paper's: a contiguous set of rows or columns, its width the rank.
+
+Where there are more dimensions, `(d_out, d_in, *kernel)`, an entry of the matrix is a whole kernel: of a convolution, or
+the numbers that all experts of a mixture have in one place. That is our choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from dataclasses import dataclass
 
 from slicefine.errors import SliceFineError, did_you_mean
@@ -15,7 +19,8 @@ ROW = "row"
 COLUMN = "column"
 SLICE_AXES = (ROW, COLUMN)
 
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
+"""`(d_out, d_in, *kernel)`"""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -65,7 +70,7 @@ class Slice:
 
     def size(self, shape: Shape) -> int:
         """Number of entries of the slice in a weight of `shape`."""
-        return self.width * shape[1 - self.dim]
+        return self.width * shape[1 - self.dim] * prod(shape[2:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,5 +95,6 @@ class Region:
 
     def size(self, shape: Shape) -> int:
         """Number of entries of a weight of `shape` in the region; where a row crosses a column it is counted once."""
-        d_out, d_in = shape
-        return len(self.rows) * d_in + len(self.columns) * d_out - len(self.rows) * len(self.columns)
+        d_out, d_in, *kernel = shape
+        crossings = len(self.rows) * len(self.columns)
+        return (len(self.rows) * d_in + len(self.columns) * d_out - crossings) * prod(kernel)

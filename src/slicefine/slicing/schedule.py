@@ -85,9 +85,9 @@ class Schedule:
         return list(dict.fromkeys(self._placement(k, shape) for k in range(min(placements, full_coverage))))
 
     def widest(self, shape: Shape) -> Shape:
-        """`(width, length)` of the smallest matrix that can hold the slice of a weight of `shape` at any step."""
+        """`(width, length, *kernel)` of the smallest matrix that can hold the slice of a weight of `shape` at any step."""
         pieces = [(min(self.r, shape[dim]), shape[1 - dim]) for dim in map((ROW, COLUMN).index, self._cycle())]
-        return max(width for width, _ in pieces), max(length for _, length in pieces)
+        return max(width for width, _ in pieces), max(length for _, length in pieces), *shape[2:]
 
     def _cycle(self) -> tuple[str, ...]:
         return (ROW, COLUMN) if self.axis == ALTERNATE else (self.axis,)

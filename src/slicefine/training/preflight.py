@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from slicefine.kernel import vectors
 from slicefine.training.callback import tuned_layers
 from slicefine.training.checked import CheckedTrainer, all_finite, not_finite
 from slicefine.training.random_state import RandomState
-from slicefine.tuner.base_layers import weight_of
 from slicefine.tuner.layer import SliceLayer
 
 IGNORED = -100
@@ -165,7 +164,7 @@ def _unchanged_by_a_step(trainer: CheckedTrainer, layers: dict[str, SliceLayer])
     return [
         name
         for name, layer in layers.items()
-        if torch.equal(vectors(weight_of(layer.base_layer), places[name].axis)[_span(places[name])], before[name])
+        if torch.equal(vectors(layer.matrix, places[name].axis)[_span(places[name])], before[name])
     ]
 
 
@@ -181,7 +180,7 @@ def _span(piece: Any) -> slice:
 def _active_values(layer: SliceLayer) -> Tensor:
     """A copy of the rows or columns of the weight that the next step trains."""
     piece = layer.state.active
-    return vectors(weight_of(layer.base_layer).detach(), piece.axis)[_span(piece)].clone()
+    return vectors(layer.matrix.detach(), piece.axis)[_span(piece)].clone()
 
 
 @contextmanager
@@ -194,8 +193,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     kept = []
     for layer in tuned_layers(model).values():
-        weight = weight_of(layer.base_layer)
-        state = {name: value.clone() for name, value in layer.state_dict().items() if ".slicefine_" in f".{name}"}
+        weight = layer.matrix
+        state = {name: value.clone() for name, value in layer.state_dict().items() if name.startswith("slicefine_")}
         kept.append((layer, weight, layer.state.active, _active_values(layer), state))
     model.train()
     try:
@@ -208,8 +207,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             for layer, weight, piece, values, state in kept:
                 vectors(weight, piece.axis)[_span(piece)] = values
                 if (bias := f"slicefine_bias.{layer.installed}") in state:
-                    layer.base_layer.bias.copy_(state[bias])
+                    cast(Tensor, layer.place.bias).copy_(state[bias])
                 # The weight itself: a layer takes no position without values, and copying a tensor to itself is free.
-                layer.load_state_dict(state | {"base_layer.weight": layer.base_layer.weight}, strict=False)
+                layer.load_state_dict(state | {layer.weight_key: layer.place.stored}, strict=False)
             for buffer, value in buffers:
                 buffer.copy_(value)

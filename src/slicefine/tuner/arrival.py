@@ -44,8 +44,11 @@ class Arrival:
         layer.await_arrival(self)
         self._layers[name] = layer
         region = Region.of(layer.slicefine_state[self.adapter].schedule.touched(seal.step, layer.shape))
-        for part, axis, across in zip(ROOM, SLICE_AXES, layer.shape[::-1], strict=False):
-            _make_room(layer, part, self.adapter, torch.zeros(len(region.along(axis)), across, dtype=layer.dtype))
+        d_out, d_in, *kernel = layer.shape
+        for part, axis, across in zip(ROOM, SLICE_AXES, (d_in, d_out), strict=False):
+            _make_room(
+                layer, part, self.adapter, torch.zeros(len(region.along(axis)), across, *kernel, dtype=layer.dtype)
+            )
         _make_room(layer, artifact.SEAL, self.adapter, torch.zeros_like(seal.tensor()))
 
     def has_come(self, layer: SliceLayer) -> bool:

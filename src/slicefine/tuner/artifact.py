@@ -2,11 +2,13 @@
 
 Per target there are, under the target's name:
 
-    slicefine_weight    fp32, (width, length)             the master, the active slice in its corner
-    slicefine_row       base dtype, (rows, d_in)          final values of the touched rows, by rising index
-    slicefine_column    base dtype, (columns, d_out)      final values of the touched columns, by rising index
-    slicefine_bias      fp32, (d_out,)                    the trained bias, if there is one
-    slicefine_seal      uint8, (192,)                     what all this must be, see `seal.py`
+    slicefine_weight    fp32, (width, length, *kernel)           the master, the active slice in its corner
+    slicefine_row       base dtype, (rows, d_in, *kernel)        final values of the touched rows, by rising index
+    slicefine_column    base dtype, (columns, d_out, *kernel)    final values of the touched columns, by rising index
+    slicefine_bias      fp32, (d_out,)                           the trained bias, if there is one
+    slicefine_seal      uint8, (192,)                            what all this must be, see `seal.py`
+
+`kernel` is empty for the weight of a linear layer.
 
 Which rows and columns those are follows from the configuration and the step in the seal. `adapter_config.json` holds the seals as
 well, so that the base can be checked, and room be made, before the file is opened.
@@ -185,8 +187,8 @@ def _parse_layer(parts: dict[str, Tensor], target: Target) -> LayerValues:
     expected = {
         SEAL: tuple(parts[SEAL].shape),
         f"{PREFIX}weight": target.schedule.widest(target.shape),
-        f"{PREFIX}row": (len(region.rows), target.shape[1]),
-        f"{PREFIX}column": (len(region.columns), target.shape[0]),
+        f"{PREFIX}row": (len(region.rows), target.shape[1], *target.shape[2:]),
+        f"{PREFIX}column": (len(region.columns), target.shape[0], *target.shape[2:]),
     } | ({f"{PREFIX}bias": (target.shape[0],)} if target.bias else {})
     values = {part: tensor for part, tensor in parts.items() if part != SEAL}
     for part in sorted(parts.keys() | expected.keys()):

@@ -1,33 +1,85 @@
-"""The layers that can hold slices, seen alike: a weight of shape `(d_out, d_in)`."""
+"""What can hold slices, seen alike: a weight of shape `(d_out, d_in, *kernel)`, in a layer or as a parameter of any module.
+
+    nn.Linear, Conv1D of transformers    (d_out, d_in)
+    nn.Conv1d, nn.Conv2d, nn.Conv3d      (d_out, d_in / groups, *kernel): output channels, input channels (of each group)
+    nn.Embedding                         (tokens, features)
+    a parameter of two dimensions        (d_out, d_in)
+    a parameter of three, (experts, d_out, d_in)    (d_out, d_in, experts): every expert has a slice, all at the same place
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from slicefine.kernel import vectors
+from slicefine.kernel import slice_linear, vectors
 from slicefine.slicing import Shape
 
-BASE_LAYERS = (nn.Linear, Conv1D)
-"""What can hold slices."""
+LINEAR_LAYERS = (nn.Linear, Conv1D)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BASE_LAYERS = LINEAR_LAYERS
+"""Layers that can hold slices."""
+BASE_LAYERS_IN_WORDS = "torch.nn.Linear, Conv1d, Conv2d, Conv3d and Embedding, and transformers' Conv1D"
+WEIGHT = "weight"
 
 
-def weight_of(base_layer: nn.Module) -> Tensor:
-    """The weight of a base layer as `(d_out, d_in)`. A view: transformers' Conv1D (GPT-2) stores it transposed."""
-    weight = base_layer._parameters["weight"]
-    assert weight is not None
-    return weight.t() if isinstance(base_layer, Conv1D) else weight
+class Place(NamedTuple):
+    """A weight of a base model: the module that has it, and its name there."""
+
+    module: nn.Module
+    parameter: str = WEIGHT
+
+    @property
+    def stored(self) -> Tensor:
+        """The parameter as it is."""
+        weight = self.module._parameters[self.parameter]
+        assert weight is not None
+        return weight
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as `(d_out, d_in, *kernel)`; a view."""
+        return self.oriented(self.stored)
+
+    @property
+    def shape(self) -> Shape:
+        """`(d_out, d_in, *kernel)`"""
+        return tuple(self.matrix.shape)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the layer, `(d_out,)`; a parameter that is no layer's weight has none."""
+        return self.module._parameters.get("bias") if self.is_layer else None
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is the weight of a layer, which is trained by calling the layer."""
+        return isinstance(self.module, BASE_LAYERS) and self.parameter == WEIGHT
+
+    @property
+    def turned(self) -> bool:
+        """Whether the matrix is stored as `(d_in, d_out)`, for `x @ weight`."""
+        # transformers says so of experts (GPT-OSS).
+        return isinstance(self.module, Conv1D) if self.is_layer else bool(getattr(self.module, "is_transposed", False))
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """`stored`, which has the layout of the parameter, as `(d_out, d_in, *kernel)`; a view."""
+        matrix = stored.movedim(0, -1) if not self.is_layer and stored.dim() == 3 else stored
+        return matrix.transpose(0, 1) if self.turned else matrix
 
 
-def shape_of(base_layer: nn.Module) -> Shape:
-    """`(d_out, d_in)` of the weight of a base layer."""
-    d_out, d_in = weight_of(base_layer).shape
-    return d_out, d_in
+def kernel_of(layer: nn.Module) -> Callable[..., Tensor]:
+    """What computes the output of a layer and trains its slice; the arguments are those of `slice_linear`."""
+    return slice_linear
 
 
 def present_values(weight: Tensor, axis: str, indices: tuple[int, ...]) -> Tensor:
-    """Rows or columns of `weight` `(d_out, d_in)` as they are now, `(len(indices), length)`, on the CPU."""
+    """Rows or columns of `weight` `(d_out, d_in, *kernel)` as they are now, `(len(indices), across, *kernel)`, on the CPU."""
     index = torch.tensor(indices, dtype=torch.int64, device=weight.device)
     return vectors(weight.detach(), axis).index_select(0, index).cpu()
 

@@ -1,4 +1,4 @@
-"""A linear layer that trains one slice of its weight, as a PEFT tuner layer.
+"""A layer that trains one slice of its weight, as a PEFT tuner layer.
 
 The base layer's weight always holds the values that the next forward pass is to use. Which values those are is settled in
 one place, `_settle`: those of the active adapter, or the original ones while adapters are disabled.
@@ -17,13 +17,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from slicefine.errors import SliceFineError
-from slicefine.kernel import slice_linear, vectors
+from slicefine.kernel import vectors
 from slicefine.slicing import SLICE_AXES, Region, Schedule, Shape, Slice
 from slicefine.tuner import guards, sliding
 from slicefine.tuner.adapter_state import AdapterState, MasterDict
 from slicefine.tuner.artifact import Target
-from slicefine.tuner.base_layers import present_values, shape_of, weight_of
+from slicefine.tuner.base_layers import WEIGHT, Place, kernel_of, present_values
 from slicefine.tuner.originals import Originals, Stored, to_cpu, unnoticed
+from slicefine.tuner.reading import ReadWeight, read_bias, read_weight
 
 if TYPE_CHECKING:
     from slicefine.tuner.arrival import Arrival
@@ -38,18 +39,20 @@ def _settle_after_loading(layer: nn.Module, incompatible_keys: Any) -> None:
 
 
 class SliceLayer(nn.Module, BaseTunerLayer):
-    """A linear base layer (`nn.Linear`, or transformers' `Conv1D`) of which one slice per adapter is trained."""
+    """A base layer (see `base_layers.py`) of which one slice per adapter is trained."""
 
     adapter_layer_names = ("slicefine_weight", "slicefine_bias")
     cast_input_dtype_enabled = False  # there is no cast; PEFT's `disable_input_dtype_casting` asks
     other_param_names = ("slicefine_index", "slicefine_start", "slicefine_state")
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
-        """`name`: that of the base layer in the base model, for messages."""
+    def __init__(self, base_layer: nn.Module, name: str, parameter: str = WEIGHT) -> None:
+        """`name`: that of the base layer, or of the parameter, in the base model, for messages."""
         super().__init__()
         self.name = name
         self.base_layer: Any = base_layer
-        self.out_features, self.in_features = shape_of(base_layer)
+        self.parameter = parameter
+        self.out_features, self.in_features = self.shape[:2]
+        self._compute = kernel_of(base_layer)
         self.slicefine_weight = MasterDict()
         self.slicefine_bias = MasterDict()
         self.slicefine_index: Any = BufferDict(persistent=False)  # its values are typed as possibly None
@@ -70,19 +73,48 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         sliding.watch(self)
 
     @property
+    def place(self) -> Place:
+        """Where the weight is."""
+        return Place(self.get_base_layer(), self.parameter)
+
+    @property
+    def weight_key(self) -> str:
+        """Name of the weight below this layer: several parameters of one module have a layer each, one around the other."""
+        depth, module = 0, self
+        while isinstance(module, SliceLayer):
+            depth, module = depth + 1, module.base_layer
+        return "base_layer." * depth + self.parameter
+
+    @property
+    def matrix(self) -> Tensor:
+        """The base weight as `(d_out, d_in, *kernel)`, a view: whatever its values are now."""
+        return self.place.matrix
+
+    @property
     def shape(self) -> Shape:
-        """`(d_out, d_in)` of the weight."""
-        return self.out_features, self.in_features
+        """`(d_out, d_in, *kernel)` of the weight."""
+        return self.place.shape
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the base weight."""
-        return self._weight.dtype
+        return self.place.stored.dtype
 
     @property
     def is_meta(self) -> bool:
         """Whether the weight has a shape and no values."""
-        return self._weight.is_meta
+        return self.place.stored.is_meta
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, for code that reads it instead of calling the layer: its slice is trained all the same."""
+        self._take_in()
+        return read_weight(self) if self.trains_now() else self.place.stored
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the base layer; the same holds."""
+        return read_bias(self) if self.trains_now() else self.place.bias
 
     @property
     def installed(self) -> str | None:
@@ -104,7 +136,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         """
         shown = self._installed
         self._show(None)
-        weight = self._weight
+        weight = self.matrix
         width, length = schedule.widest(self.shape)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.slicefine_weight.place(adapter, torch.zeros(width, length, dtype=dtype, device=weight.device))
@@ -112,9 +144,9 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         state = self.slicefine_state[adapter] = AdapterState(schedule, active)
         index = torch.zeros(active.width, dtype=torch.int64, device=weight.device)
         self.slicefine_index[adapter] = index
-        if train_bias and self.base_layer.bias is not None:
-            self.slicefine_bias.place(adapter, self.base_layer.bias.detach().to(dtype, copy=True))
-            state.bias = to_cpu(self.base_layer.bias.detach()).clone()
+        if train_bias and self.place.bias is not None:
+            self.slicefine_bias.place(adapter, self.place.bias.detach().to(dtype, copy=True))
+            state.bias = to_cpu(self.place.bias.detach()).clone()
         self._occupy(adapter, active)
         if perturb:
             master = self._in_use(adapter)
@@ -195,12 +227,12 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         self._installed = adapter
         with torch.no_grad():
             for axis, trained in values.items():
-                index = torch.tensor(region.along(axis), dtype=torch.int64, device=self._weight.device)
-                vectors(self._weight, axis).index_copy_(0, index, trained.to(self._weight))
-            if bias is not None and self.base_layer.bias is not None:
-                state.bias = to_cpu(self.base_layer.bias.detach()).clone()
+                index = torch.tensor(region.along(axis), dtype=torch.int64, device=self.matrix.device)
+                vectors(self.matrix, axis).index_copy_(0, index, trained.to(self.matrix))
+            if bias is not None and self.place.bias is not None:
+                state.bias = to_cpu(self.place.bias.detach()).clone()
                 self.slicefine_bias[adapter].copy_(bias)
-                self.base_layer.bias.copy_(bias)
+                self.place.bias.copy_(bias)
         self._occupy(adapter, state.schedule.slice_at(step, self.shape))
         if step and state.schedule.moves(step) == state.schedule.moves(step - 1):
             with torch.no_grad():
@@ -296,9 +328,9 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             self._installed = adapter
 
     def _exchange(self, state: AdapterState) -> None:
-        state.originals.exchange(self._weight)
+        state.originals.exchange(self.matrix)
         if state.bias is not None:
-            bias = self.base_layer.bias
+            bias = self.place.bias
             present = to_cpu(bias.detach()).clone()
             with torch.no_grad(), unnoticed(bias):
                 bias.copy_(state.bias)
@@ -306,40 +338,49 @@ class SliceLayer(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ training
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def trains_now(self) -> bool:
+        """Whether a forward pass made now trains the installed adapter.
+
+        Raises `SliceFineError` if the weight does not hold what it must.
+        """
         # Parameters come straight out of their dictionaries: going through nn.Module's attributes would take longer than
-        # all the rest of this method, in every layer and every step.
+        # all the rest of a forward pass, in every layer and every step.
         modules: Any = self._modules
-        if self._arrival is not None:
-            self._arrival.complete(last=True)
         adapter = self._installed
         master = modules["slicefine_weight"]._parameters.get(adapter)
-        eager = not torch.compiler.is_compiling()
-        if eager and master is not None and not master.is_inference() and master._version != self.followed:
-            self.check_written()
-        if adapter is None or self.merged_adapters or not torch.is_grad_enabled():
-            return self._plain_forward(x, *args, **kwargs)
-        bias_master = modules["slicefine_bias"]._parameters.get(adapter)
         if master is None:
-            raise SliceFineError(
-                f"{self.name}: this copy of the layer has lost the parameter of adapter {adapter!r}, as replicas of nn.DataParallel do. "
-                "Use DistributedDataParallel, or one device."
-            )
-        if not master.requires_grad and (bias_master is None or not bias_master.requires_grad):
+            if adapter is not None:
+                raise SliceFineError(
+                    f"{self.name}: this copy of the layer has lost the parameter of adapter {adapter!r}, as replicas of nn.DataParallel do. "
+                    "Use DistributedDataParallel, or one device."
+                )
+            return False
+        if not torch.compiler.is_compiling() and not master.is_inference() and master._version != self.followed:
+            self.check_written()
+        if self.merged_adapters or not torch.is_grad_enabled():
+            return False
+        bias_master = modules["slicefine_bias"]._parameters.get(adapter)
+        return master.requires_grad or (bias_master is not None and bias_master.requires_grad)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._arrival is not None:
+            self._arrival.complete(last=True)
+        if not self.trains_now():
             return self._plain_forward(x, *args, **kwargs)
-        weight = weight_of(modules["base_layer"])
-        if args or kwargs or weight.requires_grad:
+        modules: Any = self._modules
+        adapter: Any = self._installed
+        place = Place(modules["base_layer"])
+        if args or kwargs or place.stored.requires_grad:
             self._refuse_call(len(args), sorted(kwargs))
-        check = functools.partial(guards.check_shown, self, adapter) if eager else None
-        return slice_linear(
+        return self._compute(
             x,
-            weight,
-            modules["base_layer"]._parameters["bias"],
-            master,
+            place.matrix,
+            place.bias,
+            modules["slicefine_weight"]._parameters[adapter],
             modules["slicefine_index"]._buffers[adapter],
             self.slicefine_state[adapter].active.axis,
-            bias_master,
-            check,
+            modules["slicefine_bias"]._parameters.get(adapter),
+            None if torch.compiler.is_compiling() else functools.partial(guards.check_shown, self, adapter),
         )
 
     def _plain_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -350,7 +391,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
 
     def _refuse_call(self, more: int, named: list[str]) -> None:
         """Say why `forward` cannot train this way: further arguments, or a base weight that is trained as well."""
-        if type(self.base_layer._parameters["weight"]) is not nn.Parameter:
+        if type(self.place.stored) is not nn.Parameter:
             raise SliceFineError(
                 f"{self.name}: its weight has been made a piece of something larger, as FSDP does, which is not supported yet. Use plain data "
                 "parallelism (DDP), or one device."
@@ -375,11 +416,11 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         if stepped is None or id(self.slicefine_weight[adapter]) in stepped:
             active = self.slicefine_state[adapter].active
             pairs.append(
-                (vectors(self._weight.detach(), active.axis)[active.start : active.stop], self._in_use(adapter))
+                (vectors(self.matrix.detach(), active.axis)[active.start : active.stop], self._in_use(adapter))
             )
         bias = self.slicefine_bias.get(adapter)
         if bias is not None and (stepped is None or id(bias) in stepped):
-            pairs.append((self.base_layer.bias.detach(), bias.detach()))
+            pairs.append((self.place.bias.detach(), bias.detach()))
         return pairs
 
     def _write(self, adapter: str) -> None:
@@ -399,11 +440,11 @@ class SliceLayer(nn.Module, BaseTunerLayer):
 
     def _occupy(self, adapter: str, piece: Slice) -> None:
         """Make `piece` the active slice: keep its originals, load the master, point the index at it."""
-        self.slicefine_state[adapter].originals.keep(self._weight, piece)
+        self.slicefine_state[adapter].originals.keep(self.matrix, piece)
         self._point_at(adapter, piece)
         with torch.no_grad():
             self.slicefine_weight[adapter].zero_()
-            self._in_use(adapter).copy_(vectors(self._weight, piece.axis)[piece.start : piece.stop])
+            self._in_use(adapter).copy_(vectors(self.matrix, piece.axis)[piece.start : piece.stop])
 
     def _point_at(self, adapter: str, piece: Slice) -> None:
         self.slicefine_state[adapter].active = piece
@@ -416,7 +457,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
     def _declare(self, adapter: str) -> None:
         start = self.slicefine_state[adapter].start = guards.start_of(self, adapter)
         with torch.inference_mode(False):
-            self.slicefine_start[adapter] = torch.tensor([start], device=self._weight.device)
+            self.slicefine_start[adapter] = torch.tensor([start], device=self.matrix.device)
 
     def _in_use(self, adapter: str) -> Tensor:
         """The part of the master that holds the active slice, `(width, length)`. A view."""
@@ -453,11 +494,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         return values
 
     def _present(self, axis: str, indices: tuple[int, ...]) -> Tensor:
-        return present_values(self._weight, axis, indices)
-
-    @property
-    def _weight(self) -> Tensor:
-        return weight_of(self.base_layer)
+        return present_values(self.matrix, axis, indices)
 
     def _apply(self, fn, recurse=True):
         before = self.dtype
@@ -487,13 +524,14 @@ class SliceLayer(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
         """Positions and originals first; weight and masters are children and are loaded after this."""
+        weight = prefix + self.weight_key
         own = f"{prefix}slicefine_index."  # under a child's name, by which PEFT tells what is not the base model's
         given = {key.removeprefix(own): state_dict.pop(key) for key in list(state_dict) if key.startswith(own)}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        problems = self._state_problems(given, state_dict.get(f"{prefix}base_layer.weight"))
+        problems = self._state_problems(given, state_dict.get(weight))
         if problems:
             error_msgs += [f"{prefix.removesuffix('.')}: {problem}" for problem in problems]
-            state_dict.pop(f"{prefix}base_layer.weight", None)
+            state_dict.pop(weight, None)
             return
         unexpected_keys += [own + key for key in given if key.rpartition(".")[0] not in self.slicefine_state]
         for adapter, state in self.slicefine_state.items():
@@ -534,7 +572,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never cast: masters are fp32 whatever the base is."""
-        target = device if device is not None else self._weight.device
+        target = device if device is not None else self.matrix.device
         for parameters in (self.slicefine_weight, self.slicefine_bias):
             if adapter_name in parameters:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(target)
@@ -544,3 +582,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "slicefine." + super().__repr__()
+
+
+class SliceLinear(SliceLayer):
+    """A linear base layer. PEFT's "all-linear" knows tuner layers around linear ones by the name of their class."""

@@ -19,9 +19,9 @@ from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, by_text, r
 from slicefine.slicing import ALTERNATE, SLICE_AXES, Region
 from slicefine.tuner import artifact, targets
 from slicefine.tuner.arrival import Arrival
-from slicefine.tuner.base_layers import present_values, same_values, shape_of, weight_of
+from slicefine.tuner.base_layers import LINEAR_LAYERS, Place, present_values, same_values
 from slicefine.tuner.config import SliceFineConfig
-from slicefine.tuner.layer import SliceLayer
+from slicefine.tuner.layer import SliceLayer, SliceLinear
 from slicefine.tuner.seal import Seal
 
 
@@ -83,7 +83,7 @@ class SliceFineModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(layer, SliceLayer):
-            layer = SliceLayer(target, current_key)
+            layer = (SliceLinear if isinstance(target, LINEAR_LAYERS) else SliceLayer)(target, current_key)
             self._replace_module(parent, target_name, layer, target)
         layer.add(
             adapter_name,
@@ -98,11 +98,12 @@ class SliceFineModel(BaseTuner):
         """Nothing to refuse: PEFT allows one adapter with biases, because it trains them in place; here each has its own."""
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        super()._mark_only_adapters_as_trainable(model)
+        with torch.no_grad():  # in which a layer's bias is the base's own
+            super()._mark_only_adapters_as_trainable(model)
         # PEFT unfreezes the base biases; here a bias is trained through an fp32 master like the slices.
         for layer in _layers(model).values():
-            if layer.base_layer.bias is not None:
-                layer.base_layer.bias.requires_grad = False
+            if (bias := layer.place.bias) is not None:
+                bias.requires_grad = False
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Without PEFT's copying of weight and bias, which a head of several layers (ELECTRA, RoBERTa) has not."""
@@ -328,8 +329,8 @@ def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list
         if isinstance(module, SliceLayer):
             shape, original = module.shape, module.base_values
         else:
-            shape = shape_of(module)
-            original = functools.partial(present_values, weight_of(module))
+            place = Place(module)
+            shape, original = place.shape, functools.partial(present_values, place.matrix)
         seal = Seal.parse(config.seals[name])
         region = Region.of(config.schedule.touched(seal.step, shape))
         if problem := seal.settings_problem(config.schedule) or seal.base_problem(region, original):

@@ -26,11 +26,11 @@ class Stored(NamedTuple):
     index: Tensor
     """int64, `(n,)`"""
     values: Tensor
-    """`(n, length)`, on the CPU, in the dtype of the weight they were taken from."""
+    """`(n, across, *kernel)`, on the CPU, in the dtype of the weight they were taken from."""
 
 
 class Originals:
-    """Rows and columns of one `(d_out, d_in)` weight."""
+    """Rows and columns of one `(d_out, d_in, *kernel)` weight."""
 
     def __init__(self, stored: dict[str, Stored] | None = None) -> None:
         # A piece is joined with its predecessor when it has grown as large, so that there are few, and a move stays cheap.
@@ -42,7 +42,7 @@ class Originals:
     def keep(self, weight: Tensor, piece: Slice) -> None:
         """Add the original bytes of `piece`; indices that are kept already are passed over.
 
-        `weight` `(d_out, d_in)` must be original outside of what is kept already.
+        `weight` `(d_out, d_in, *kernel)` must be original outside of what is kept already.
         """
         new = sorted(set(piece.indices) - self._known[piece.axis])
         if not new:
@@ -50,7 +50,7 @@ class Originals:
         index = torch.tensor(new, dtype=torch.int64)
         taken = to_cpu(_read(weight, piece.axis, index))
         for crossing in self._pieces[COLUMN if piece.axis == ROW else ROW]:
-            taken[:, crossing.index] = crossing.values[:, index].t()
+            taken[:, crossing.index] = crossing.values[:, index].transpose(0, 1)
         pieces = self._pieces[piece.axis]
         pieces.append(Stored(index, taken))
         while len(pieces) > 1 and len(pieces[-1].index) >= len(pieces[-2].index):
@@ -78,7 +78,7 @@ class Originals:
         return {axis: pieces[0] for axis, pieces in self._pieces.items() if pieces}
 
     def pick(self, axis: str, indices: tuple[int, ...]) -> Tensor:
-        """The stored rows or columns `indices`, `(len(indices), length)`. All of them must be kept."""
+        """The stored rows or columns `indices`, `(len(indices), across, *kernel)`. All of them must be kept."""
         index, values = self.stored()[axis]
         place = {index: position for position, index in enumerate(index.tolist())}
         return values[torch.tensor([place[index] for index in indices], dtype=torch.int64)]

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from slicefine.errors import SliceFineError, by_text, did_you_mean
 from slicefine.slicing import ALTERNATE, COLUMN, ROW
-from slicefine.tuner.base_layers import BASE_LAYERS, shape_of
+from slicefine.tuner.base_layers import BASE_LAYERS, BASE_LAYERS_IN_WORDS, LINEAR_LAYERS, Place
 from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
 from slicefine.tuner.layer import SliceLayer
 from slicefine.tuner.sliding import refuse_sharding
@@ -75,7 +75,7 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
 def clamped(targets: dict[str, nn.Module], config: SliceFineConfig) -> dict[str, Shape]:
     """The targets whose weight is narrower than `r` along an axis in use, with the shape of the weight."""
     bases = {name: m.get_base_layer() if isinstance(m, SliceLayer) else m for name, m in targets.items()}
-    shapes = {name: shape_of(base) for name, base in bases.items() if isinstance(base, BASE_LAYERS)}
+    shapes = {name: Place(base).shape for name, base in bases.items() if isinstance(base, BASE_LAYERS)}
     return {name: shape for name, shape in shapes.items() if _narrowest(config, shape) < config.r}
 
 

@@ -1,0 +1,155 @@
+"""A weight that model code reads instead of calling the layer that has it, and still only its slice is trained.
+
+VideoMAE's attention computes `F.linear(x, self.query.weight, bias)`; mixtures of experts keep all their matrices in one parameter.
+What such code gets is the weight itself, as a tensor that knows whose it is: the products that models make with a weight are
+computed by our kernels. With any other operation autograd gives the gradient of the whole weight, of which the slice takes its part:
+right as well, but it costs what a gradient of the whole costs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slicefine.kernel import slice_linear, vectors
+from slicefine.tuner import guards
+
+if TYPE_CHECKING:
+    from slicefine.tuner.layer import SliceLayer
+
+
+class ReadWeight(Tensor):
+    """The values of a weight, differentiable, and the layer they are of."""
+
+    layer: SliceLayer
+    turned: bool
+    """Whether its last two dimensions are `(d_in, d_out)`, as for `x @ weight`, and not `(d_out, d_in)`, as for `F.linear`."""
+    experts: Tensor | int | None
+    """Of a weight of several experts: those that were picked; None = all of them."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            route = _ROUTES.get(func)
+            own = route(*args, **named) if route is not None else None
+            return func(*args, **named) if own is None else own
+
+
+class _Follow(torch.autograd.Function):
+    """The values of a weight or bias, for autograd: of the gradient of the whole, the parameter that is trained takes its part."""
+
+    @staticmethod
+    def forward(ctx, values, master, part, check):
+        ctx.part, ctx.check = part, check
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.check is not None:
+            ctx.check()
+        return None, ctx.part(g), None, None
+
+
+def read_weight(layer: SliceLayer) -> Tensor:
+    """The stored weight of a layer that a forward pass made now would train."""
+    adapter, place = layer.installed, layer.place
+    assert adapter is not None
+    master, index, axis = layer.slicefine_weight[adapter], layer.slicefine_index[adapter], layer.state.active.axis
+
+    def part(g: Tensor) -> Tensor:
+        taken = vectors(place.oriented(g), axis).index_select(0, index).to(master.dtype)
+        room = torch.zeros_like(master)
+        room[: taken.shape[0], : taken.shape[1]] = taken
+        return room
+
+    values: Any = _Follow.apply(place.stored, master, part, _check(layer))
+    return _known(values, layer, place.turned, None)
+
+
+def read_bias(layer: SliceLayer) -> Tensor | None:
+    """The bias of such a layer."""
+    bias, master = layer.place.bias, layer.slicefine_bias.get(layer.installed or "")
+    if bias is None or master is None:
+        return bias
+    follow: Any = _Follow.apply(bias, master, lambda g: g.to(master.dtype), _check(layer))
+    return follow
+
+
+def _known(values: Tensor, layer: SliceLayer, turned: bool, experts: Tensor | int | None) -> Tensor:
+    known = values.as_subclass(ReadWeight)
+    known.layer, known.turned, known.experts = layer, turned, experts
+    return known
+
+
+def _check(layer: SliceLayer) -> Callable[[], None] | None:
+    return None if torch.compiler.is_compiling() else functools.partial(guards.check_shown, layer, layer.installed)
+
+
+# ---------------------------------------------------------------------- what models do with a weight that they read
+
+
+def _turn(weight: Any, *dims: int) -> Tensor | None:
+    """`transpose(-2, -1)` and the like."""
+    if not isinstance(weight, ReadWeight) or {dim % weight.dim() for dim in dims} != {weight.dim() - 2, weight.dim() - 1}:
+        return None
+    return _known(weight.transpose(-2, -1), weight.layer, not weight.turned, weight.experts)
+
+
+def _turn_all(weight: Any) -> Tensor | None:
+    """`.T` and `.t()`."""
+    return _turn(weight, 0, 1) if weight.dim() == 2 else None
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
+    """`F.linear`"""
+    if not isinstance(weight, ReadWeight) or weight.turned or weight.dim() != 2:
+        return None
+    return _product(x, weight, bias)
+
+
+def _matmul(x: Any, weight: Any) -> Tensor | None:
+    """`x @ weight`"""
+    if not isinstance(weight, ReadWeight) or not weight.turned or weight.dim() != 2 or isinstance(x, ReadWeight):
+        return None
+    return _product(x, weight, None)
+
+
+def _product(x: Tensor, weight: ReadWeight, bias: Tensor | None) -> Tensor:
+    layer = weight.layer
+    adapter = layer.installed
+    assert adapter is not None
+    trained = bias if bias is not None and bias.requires_grad else None
+    return slice_linear(
+        x,
+        layer.matrix,
+        None if bias is None else bias.detach(),
+        layer.slicefine_weight[adapter],
+        layer.slicefine_index[adapter],
+        layer.state.active.axis,
+        trained,
+        _check(layer),
+    )
+
+
+_ROUTES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.transpose: _turn,
+    torch.transpose: _turn,
+    Tensor.t: _turn_all,
+    torch.t: _turn_all,
+    Tensor.T.__get__: _turn_all,  # pyright: ignore[reportAttributeAccessIssue] -- a property
+    Tensor.mT.__get__: lambda weight: _turn(weight, -2, -1),  # pyright: ignore[reportAttributeAccessIssue] -- a property
+}

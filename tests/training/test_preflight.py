@@ -164,8 +164,8 @@ def test_a_target_that_is_never_called(tmp_path: Path) -> None:
 
 def test_a_kernel_that_bypasses_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fused(self: Any, x: torch.Tensor) -> torch.Tensor:
-        hidden = nn.functional.silu(x @ self.gate_proj.weight.t()) * (x @ self.up_proj.weight.t())
-        return hidden @ self.down_proj.weight.t()
+        hidden = nn.functional.silu(x @ self.gate_proj.weight.data.t()) * (x @ self.up_proj.weight.data.t())
+        return hidden @ self.down_proj.weight.data.t()
 
     monkeypatch.setattr(LlamaMLP, "forward", fused)
     said = refusal(trainer_for(llama(), tmp_path))
@@ -258,7 +258,7 @@ def test_gradients_of_zero(tmp_path: Path) -> None:
 def test_nothing_is_written_when_it_fails(
     lm_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x @ self.gate_proj.weight.t() @ self.down_proj.weight.t())
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x @ self.gate_proj.weight.data.t() @ self.down_proj.weight.data.t())
     with pytest.raises(SliceFineError, match=r"mlp\.gate_proj"):
         run.train(Recipe.from_flat(lm_settings))
     assert not (tmp_path / "run").exists()

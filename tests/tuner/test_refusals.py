@@ -130,8 +130,9 @@ def with_forward_hook(layer):
     [
         (lambda: OwnForward(6, 6), ["OwnForward", "a way of its own"]),
         (lambda: parametrizations.weight_norm(nn.Linear(6, 6)), ["a way of its own"]),
-        (lambda: nn.Embedding(6, 6), ["torch.nn.Linear layers", "Embedding"]),
-        (lambda: nn.Conv1d(6, 6, 1), ["torch.nn.Linear layers", "Conv1d"]),
+        (lambda: nn.LayerNorm(6), ["torch.nn.Linear, Conv1d, Conv2d, Conv3d and Embedding", "LayerNorm"]),
+        (lambda: nn.ConvTranspose1d(6, 6, 1), ["Conv3d and Embedding", "ConvTranspose1d"]),
+        (lambda: nn.Embedding(6, 6, max_norm=1.0), ["max_norm=1.0", "pass over"]),
         (lambda: with_hook(nn.Linear(6, 6)), ["offloaded"]),
         (lambda: with_forward_hook(nn.Linear(6, 6)), ["hooks or a `forward` of its own"]),
     ],

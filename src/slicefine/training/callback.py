@@ -15,7 +15,7 @@ from transformers import GreedyLR, TrainerCallback, TrainerControl, TrainerState
 
 from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.slicing import Slice
-from slicefine.tuner.inspection import active_slices, unmoved, update_norm, update_norms
+from slicefine.tuner.inspection import active_slices, tuned, unmoved, update_norm, update_norms
 from slicefine.tuner.layer import SliceLayer
 
 # The authors' runs make 5 to 10 moves.
@@ -128,13 +128,12 @@ class SliceFineCallback(TrainerCallback):
 
 def tuned_layers(model: nn.Module) -> dict[str, SliceLayer]:
     """Target name -> its layer. Raises `SliceFineError` if no slicefine adapter is active in `model`."""
-    modules = dict(model.named_modules())
-    layers = {name: modules.get(name) or modules[f"base_model.model.{name}"] for name in active_slices(model)}
+    layers = {name: layer for name, layer, _ in tuned(model)}
     if not layers:
         raise SliceFineError(
             "Training needs an active slicefine adapter; that of the model is disabled. Activate it with `set_adapter`."
         )
-    return {name: layer for name, layer in layers.items() if isinstance(layer, SliceLayer)}
+    return layers
 
 
 def progress(layers: dict[str, SliceLayer]) -> tuple[int, Any]:

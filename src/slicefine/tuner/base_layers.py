@@ -1,28 +1,29 @@
 """What can hold slices, seen alike: a weight of shape `(d_out, d_in, *kernel)`, in a layer or as a parameter of any module.
 
-    nn.Linear, Conv1D of transformers    (d_out, d_in)
-    nn.Conv1d, nn.Conv2d, nn.Conv3d      (d_out, d_in / groups, *kernel): output channels, input channels (of each group)
-    nn.Embedding                         (tokens, features)
-    a parameter of two dimensions        (d_out, d_in)
-    a parameter of three, (experts, d_out, d_in)    (d_out, d_in, experts): every expert has a slice, all at the same place
+nn.Linear, Conv1D of transformers    (d_out, d_in)
+nn.Conv1d, nn.Conv2d, nn.Conv3d      (d_out, d_in / groups, *kernel): output channels, input channels (of each group)
+nn.Embedding                         (tokens, features)
+a parameter of two dimensions        (d_out, d_in)
+a parameter of three, (experts, d_out, d_in)    (d_out, d_in, experts): every expert has a slice, all at the same place
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from slicefine.kernel import slice_linear, vectors
+from slicefine.kernel.slice_conv import slice_conv
 from slicefine.slicing import Shape
 
 LINEAR_LAYERS = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BASE_LAYERS = LINEAR_LAYERS
+BASE_LAYERS = (*LINEAR_LAYERS, *CONVOLUTIONS)
 """Layers that can hold slices."""
 BASE_LAYERS_IN_WORDS = "torch.nn.Linear, Conv1d, Conv2d, Conv3d and Embedding, and transformers' Conv1D"
 WEIGHT = "weight"
@@ -75,6 +76,15 @@ class Place(NamedTuple):
 
 def kernel_of(layer: nn.Module) -> Callable[..., Tensor]:
     """What computes the output of a layer and trains its slice; the arguments are those of `slice_linear`."""
+    if isinstance(layer, CONVOLUTIONS):
+        return functools.partial(
+            slice_conv,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+        )
     return slice_linear
 
 

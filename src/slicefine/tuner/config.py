@@ -48,8 +48,10 @@ class SliceFineConfig(PeftConfig):
         slide_every: Optimizer steps per position; None = the slice never moves (RoCoFT).
         order: `"sweep"` (adjacent blocks) or `"random"` (all blocks once, in a new seeded order on every pass).
         seed: Seed of the random order.
-        target_modules: Names or suffixes of the `nn.Linear` layers to train, a regular expression, or `"all-linear"`: all but
-            the output head.
+        target_modules: Names or suffixes of the layers to train, a regular expression, or `"all-linear"`: all `nn.Linear` but
+            the output head. Convolutions and embeddings are trained if they are named. None if there are `target_parameters` alone.
+        target_parameters: Names or suffixes of parameters to train that are no layer's weight, such as the matrices of all experts of a
+            mixture in one, `["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]`; of two dimensions or three.
         exclude_modules: Names, suffixes or a regular expression of layers to leave alone.
         layers_to_transform: Index or indices of the blocks to train; all if None.
         layers_pattern: Name of the list of blocks that `layers_to_transform` counts in, e.g. `"layers"`.
@@ -70,6 +72,9 @@ class SliceFineConfig(PeftConfig):
     seed: int = field(default=0, metadata={"help": "Seed of the random order."})
     target_modules: list[str] | str | None = field(
         default=ALL_LINEAR, metadata={"help": "Names, suffixes or a regular expression of layers, or all-linear."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names or suffixes of parameters that are no layer's weight: experts, say."}
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, suffixes or a regular expression of layers to leave alone."}
@@ -101,9 +106,13 @@ class SliceFineConfig(PeftConfig):
             problems.append(
                 f"`bias` is one of {', '.join(BIASES)}; got {self.bias!r}.{did_you_mean(self.bias, BIASES)}"
             )
-        if self.target_modules is None or not len(self.target_modules):
+        if not self.target_modules and not self.target_parameters:
             problems.append(
                 f"`target_modules` names the layers to train; got {self.target_modules!r}. Use {ALL_LINEAR!r}."
+            )
+        if isinstance(self.target_parameters, str):
+            problems.append(
+                f"`target_parameters` is a list of names; got {self.target_parameters!r}. Write [{self.target_parameters!r}]."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append(

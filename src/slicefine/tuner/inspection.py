@@ -10,6 +10,7 @@ from slicefine.errors import SliceFineError
 from slicefine.slicing import ParameterCounts, Slice, active_size, touched_size
 from slicefine.tuner.artifact import PEFT_ROOT
 from slicefine.tuner.layer import SliceLayer
+from slicefine.tuner.parameter import SliceParameter
 
 
 def active_slices(model: nn.Module) -> dict[str, Slice]:
@@ -18,13 +19,13 @@ def active_slices(model: nn.Module) -> dict[str, Slice]:
     Names are those of the base model. Targets of the active adapter only; none while adapters are disabled.
     Raises `SliceFineError` if `model` has no slicefine layer.
     """
-    return {name: layer.slicefine_state[adapter].active for name, layer, adapter in _tuned(model)}
+    return {name: layer.slicefine_state[adapter].active for name, layer, adapter in tuned(model)}
 
 
 def touched_slices(model: nn.Module) -> dict[str, list[Slice]]:
     """Target name -> the distinct slices that optimizer steps have trained, in the order of their first training."""
     found = {}
-    for name, layer, adapter in _tuned(model):
+    for name, layer, adapter in tuned(model):
         state = layer.slicefine_state[adapter]
         found[name] = state.schedule.touched(state.step, layer.shape)
     return found
@@ -44,7 +45,7 @@ def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCou
         raise SliceFineError(f"`steps` is the length of a run in optimizer steps, at least 0; got {steps}.")
     active = touched = planned = 0
     masters: set[int] = set()
-    for _, layer, adapter in _tuned(model):
+    for _, layer, adapter in tuned(model):
         state = layer.slicefine_state[adapter]
         bias = layer.slicefine_bias[adapter].numel() if adapter in layer.slicefine_bias else 0
         active += active_size(state.schedule, layer.shape, state.step) + bias
@@ -79,7 +80,7 @@ def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCou
 
 def update_norms(model: nn.Module) -> dict[str, float]:
     """Target name -> `update_norm` of its active slice."""
-    return {name: update_norm(layer, layer.slicefine_state[adapter].active) for name, layer, adapter in _tuned(model)}
+    return {name: update_norm(layer, layer.slicefine_state[adapter].active) for name, layer, adapter in tuned(model)}
 
 
 def update_norm(layer: SliceLayer, piece: Slice) -> float:
@@ -93,7 +94,7 @@ def update_norm(layer: SliceLayer, piece: Slice) -> float:
 def unmoved(model: nn.Module) -> list[str]:
     """Targets that optimizer steps have trained, and whose touched rows and columns are still the original bytes."""
     still = []
-    for name, layer, adapter in _tuned(model):
+    for name, layer, adapter in tuned(model):
         region = layer.region(adapter)
         pairs = [(axis, region.along(axis)) for axis in ("row", "column") if region.along(axis)]
         if pairs and all(
@@ -103,11 +104,24 @@ def unmoved(model: nn.Module) -> list[str]:
     return still
 
 
-def _tuned(model: nn.Module) -> list[tuple[str, SliceLayer, str]]:
-    layers = [(name.removeprefix(PEFT_ROOT), m) for name, m in model.named_modules() if isinstance(m, SliceLayer)]
+def tuned(model: nn.Module) -> list[tuple[str, SliceLayer, str]]:
+    """Name in the base model, layer and active adapter of every target that trains.
+
+    Raises `SliceFineError` if `model` has no slicefine layer.
+    """
+    layers = [(_target_name(name, m), m) for name, m in model.named_modules() if isinstance(m, SliceLayer)]
     if not layers:
         raise SliceFineError(
             f"The model has no slicefine layer; got a {type(model).__name__}. Attach one with "
             "`get_peft_model(model, SliceFineConfig())`, or pass the model before `merge_and_unload`."
         )
     return [(name, layer, layer.installed) for name, layer in layers if layer.installed is not None]
+
+
+def _target_name(path: str, layer: SliceLayer) -> str:
+    name = path.removeprefix(PEFT_ROOT)
+    if not isinstance(layer, SliceParameter):
+        return name
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{layer.parameter}"

@@ -24,7 +24,7 @@ from slicefine.tuner.adapter_state import AdapterState, MasterDict
 from slicefine.tuner.artifact import Target
 from slicefine.tuner.base_layers import WEIGHT, Place, kernel_of, present_values
 from slicefine.tuner.originals import Originals, Stored, to_cpu, unnoticed
-from slicefine.tuner.reading import ReadWeight, read_bias, read_weight
+from slicefine.tuner.reading import read_bias, read_weight
 
 if TYPE_CHECKING:
     from slicefine.tuner.arrival import Arrival
@@ -80,10 +80,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
     @property
     def weight_key(self) -> str:
         """Name of the weight below this layer: several parameters of one module have a layer each, one around the other."""
-        depth, module = 0, self
-        while isinstance(module, SliceLayer):
-            depth, module = depth + 1, module.base_layer
-        return "base_layer." * depth + self.parameter
+        return "base_layer." * len(list(layers_around(self))) + self.parameter
 
     @property
     def matrix(self) -> Tensor:
@@ -137,9 +134,9 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         shown = self._installed
         self._show(None)
         weight = self.matrix
-        width, length = schedule.widest(self.shape)
+        size = schedule.widest(self.shape)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.slicefine_weight.place(adapter, torch.zeros(width, length, dtype=dtype, device=weight.device))
+        self.slicefine_weight.place(adapter, torch.zeros(size, dtype=dtype, device=weight.device))
         active = schedule.slice_at(0, self.shape)
         state = self.slicefine_state[adapter] = AdapterState(schedule, active)
         index = torch.zeros(active.width, dtype=torch.int64, device=weight.device)
@@ -329,8 +326,8 @@ class SliceLayer(nn.Module, BaseTunerLayer):
 
     def _exchange(self, state: AdapterState) -> None:
         state.originals.exchange(self.matrix)
-        if state.bias is not None:
-            bias = self.place.bias
+        bias = self.place.bias
+        if state.bias is not None and bias is not None:
             present = to_cpu(bias.detach()).clone()
             with torch.no_grad(), unnoticed(bias):
                 bias.copy_(state.bias)
@@ -363,15 +360,14 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         return master.requires_grad or (bias_master is not None and bias_master.requires_grad)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._arrival is not None:
-            self._arrival.complete(last=True)
+        self.begin()
         if not self.trains_now():
-            return self._plain_forward(x, *args, **kwargs)
+            return self.watched(self.base_layer(x, *args, **kwargs))
         modules: Any = self._modules
         adapter: Any = self._installed
         place = Place(modules["base_layer"])
         if args or kwargs or place.stored.requires_grad:
-            self._refuse_call(len(args), sorted(kwargs))
+            self.refuse_call(len(args), sorted(kwargs))
         return self._compute(
             x,
             place.matrix,
@@ -383,13 +379,18 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             None if torch.compiler.is_compiling() else functools.partial(guards.check_shown, self, adapter),
         )
 
-    def _plain_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
+    def begin(self) -> None:
+        """Take in what a loader has brought: the weight is about to be used."""
+        if self._arrival is not None:
+            self._arrival.complete(last=True)
+
+    def watched(self, y: Tensor) -> Tensor:
+        """The output of a forward pass that trains nothing here; its backward pass must meet the same values."""
         if y.requires_grad and not torch.compiler.is_compiling():
             y.register_hook(functools.partial(guards.check_shown, self, self._installed))
         return y
 
-    def _refuse_call(self, more: int, named: list[str]) -> None:
+    def refuse_call(self, more: int, named: list[str]) -> None:
         """Say why `forward` cannot train this way: further arguments, or a base weight that is trained as well."""
         if type(self.place.stored) is not nn.Parameter:
             raise SliceFineError(
@@ -418,9 +419,9 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             pairs.append(
                 (vectors(self.matrix.detach(), active.axis)[active.start : active.stop], self._in_use(adapter))
             )
-        bias = self.slicefine_bias.get(adapter)
-        if bias is not None and (stepped is None or id(bias) in stepped):
-            pairs.append((self.place.bias.detach(), bias.detach()))
+        bias, held = self.slicefine_bias.get(adapter), self.place.bias
+        if bias is not None and held is not None and (stepped is None or id(bias) in stepped):
+            pairs.append((held.detach(), bias.detach()))
         return pairs
 
     def _write(self, adapter: str) -> None:
@@ -586,3 +587,10 @@ class SliceLayer(nn.Module, BaseTunerLayer):
 
 class SliceLinear(SliceLayer):
     """A linear base layer. PEFT's "all-linear" knows tuner layers around linear ones by the name of their class."""
+
+
+def layers_around(module: nn.Module) -> Iterator[SliceLayer]:
+    """`module` and those within, as long as they are tuner layers: several parameters of one module have a layer each."""
+    while isinstance(module, SliceLayer):
+        yield module
+        module = module.base_layer

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules
 from torch import Tensor, nn
 
 from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, by_text, raise_all
@@ -21,7 +21,8 @@ from slicefine.tuner import artifact, targets
 from slicefine.tuner.arrival import Arrival
 from slicefine.tuner.base_layers import LINEAR_LAYERS, Place, present_values, same_values
 from slicefine.tuner.config import SliceFineConfig
-from slicefine.tuner.layer import SliceLayer, SliceLinear
+from slicefine.tuner.layer import SliceLayer, SliceLinear, layers_around
+from slicefine.tuner.parameter import SliceParameter
 from slicefine.tuner.seal import Seal
 
 
@@ -61,7 +62,9 @@ class SliceFineModel(BaseTuner):
         )
         raise_all(problems, f"Adapter {adapter_name!r}{of} cannot be attached")
         if targets.names_all_linear(config) and config.layers_to_transform is not None:
-            config.target_modules = sorted(found)  # PEFT heeds the blocks only for layers that are given by suffix
+            config.target_modules = sorted(
+                name for name, place in found.items() if place.is_layer
+            )  # PEFT heeds the blocks only for layers that are given by suffix
         _warn_of_adjustments(config, found)
         self.peft_config[adapter_name] = config
         self._arrival = Arrival(self, adapter_name) if config.seals is not None else None
@@ -82,7 +85,13 @@ class SliceFineModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target
-        if not isinstance(layer, SliceLayer):
+        if parameter_name is not None:
+            layer = next((m for m in layers_around(target) if m.parameter == parameter_name), None)
+            if layer is None:
+                name = current_key.replace(".base_layer", "")
+                layer = SliceParameter(target, f"{name}.{parameter_name}", parameter_name)
+                self._replace_module(parent, target_name, layer, target)
+        elif not isinstance(layer, SliceLayer):
             layer = (SliceLinear if isinstance(target, LINEAR_LAYERS) else SliceLayer)(target, current_key)
             self._replace_module(parent, target_name, layer, target)
         layer.add(
@@ -93,6 +102,20 @@ class SliceFineModel(BaseTuner):
         )
         if self._arrival is not None:
             self._arrival.expect(current_key, layer, Seal.parse((peft_config.seals or {})[current_key]))
+
+    def _inject_parameters(
+        self, peft_config: SliceFineConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """PEFT's own knows only its own class of layers around parameters."""
+        wanted = targets.find_parameters(model, peft_config)
+        for name, parameters in wanted.items():
+            keys = [f"{name}{'.base_layer' * depth}" for depth in range(len(parameters))]
+            for key, parameter in zip(reversed(keys), parameters, strict=True):
+                parent, target, target_name = _get_submodules(model, name)
+                self._create_and_replace(
+                    peft_config, adapter_name, target, target_name, parent, current_key=key, parameter_name=parameter
+                )
+        return [f"{name}.{parameter}" for name, parameters in wanted.items() for parameter in parameters]
 
     def _check_new_adapter_config(self, config: Any) -> None:
         """Nothing to refuse: PEFT allows one adapter with biases, because it trains them in place; here each has its own."""
@@ -314,7 +337,7 @@ def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list[str]:
+def _base_problems(found: dict[str, Place], config: SliceFineConfig) -> list[str]:
     """Targets whose original values are not those that a saved adapter was trained on."""
     assert config.seals is not None
     problems = dict.fromkeys(
@@ -325,11 +348,11 @@ def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list
         config.seals.keys() - found.keys(), "the saved adapter trains it, this model has no such layer."
     )
     for name in found.keys() & config.seals.keys():
-        module = found[name]
+        place = targets.base_place(found[name])
+        module = found[name].module
         if isinstance(module, SliceLayer):
             shape, original = module.shape, module.base_values
         else:
-            place = Place(module)
             shape, original = place.shape, functools.partial(present_values, place.matrix)
         seal = Seal.parse(config.seals[name])
         region = Region.of(config.schedule.touched(seal.step, shape))
@@ -338,7 +361,7 @@ def _base_problems(found: dict[str, nn.Module], config: SliceFineConfig) -> list
     return by_text(problems)
 
 
-def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, nn.Module]) -> None:
+def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> None:
     narrow = targets.clamped(found, config)
     if narrow and config.seals is None:
         listed = ", ".join(f"{name} {shape}" for name, shape in list(narrow.items())[:SHOWN])

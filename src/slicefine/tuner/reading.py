@@ -98,7 +98,10 @@ def _check(layer: SliceLayer) -> Callable[[], None] | None:
 
 def _turn(weight: Any, *dims: int) -> Tensor | None:
     """`transpose(-2, -1)` and the like."""
-    if not isinstance(weight, ReadWeight) or {dim % weight.dim() for dim in dims} != {weight.dim() - 2, weight.dim() - 1}:
+    if not isinstance(weight, ReadWeight) or {dim % weight.dim() for dim in dims} != {
+        weight.dim() - 2,
+        weight.dim() - 1,
+    }:
         return None
     return _known(weight.transpose(-2, -1), weight.layer, not weight.turned, weight.experts)
 

@@ -6,38 +6,90 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from slicefine.errors import SliceFineError, by_text, did_you_mean
 from slicefine.slicing import ALTERNATE, COLUMN, ROW
-from slicefine.tuner.base_layers import BASE_LAYERS, BASE_LAYERS_IN_WORDS, LINEAR_LAYERS, Place
+from slicefine.tuner.base_layers import LINEAR_LAYERS, Place
 from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
-from slicefine.tuner.layer import SliceLayer
+from slicefine.tuner.layer import SliceLayer, layers_around
 from slicefine.tuner.sliding import refuse_sharding
+from slicefine.tuner.suitable import base_place, why_not
 
 if TYPE_CHECKING:
     from slicefine.slicing import Shape
 
 
-def find_targets(model: nn.Module, config: SliceFineConfig) -> dict[str, nn.Module]:
-    """The modules of `model` that `config` targets, by name, as PEFT will match them. Inside of tuner layers nothing matches."""
-    expanded = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
-    tuned = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+def find_targets(model: nn.Module, config: SliceFineConfig) -> dict[str, Place]:
+    """What `config` targets in `model`, by the name that its tuner layer has, as PEFT will match it.
+
+    Inside of tuner layers nothing matches. Where a target has a tuner layer of ours already, that is the module of its place.
+    """
+    expanded: Any = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
     found = {
         name: module
-        for name, module in model.named_modules()
-        if name and not name.startswith(tuned) and check_target_module_exists(expanded, name)
+        for name, module in _untuned_or_outermost(model)
+        if expanded.target_modules and check_target_module_exists(expanded, name)
     }
-    if not names_all_linear(config) or config.layers_to_transform is None:
-        return found
-    by_suffix = copy.deepcopy(config)
-    by_suffix.target_modules = [name.rpartition(".")[2] for name in found]
-    return {name: module for name, module in found.items() if check_target_module_exists(by_suffix, name)}
+    if names_all_linear(config) and config.layers_to_transform is not None:
+        by_suffix = copy.deepcopy(config)
+        by_suffix.target_modules = [name.rpartition(".")[2] for name in found]
+        found = {name: module for name, module in found.items() if check_target_module_exists(by_suffix, name)}
+    places = {name: Place(module) for name, module in found.items()}
+    for name, parameters in find_parameters(model, config).items():
+        places |= _nested(name, model.get_submodule(name), parameters)
+    return places
+
+
+def find_parameters(model: nn.Module, config: SliceFineConfig) -> dict[str, list[str]]:
+    """Name of a module -> those of its parameters that `config.target_parameters` names, in the order of the module."""
+    wanted: dict[str, list[str]] = {}
+    for name, module in _untuned_or_outermost(model):
+        holder = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        matched = [p for p in holder._parameters if _names(config.target_parameters, f"{name}.{p}")]
+        blocks = config.layers_to_transform
+        if blocks is not None and not _blocks([name]) & {*([blocks] if isinstance(blocks, int) else blocks)}:
+            continue
+        if matched and not _names(config.exclude_modules, name):
+            wanted[name] = matched
+    return wanted
+
+
+def _nested(name: str, module: nn.Module, parameters: list[str]) -> dict[str, Place]:
+    """The places of parameters of one module: their tuner layers stand one around the other, the last one outermost."""
+    below = dict(zip(_keys(name, parameters), reversed(parameters), strict=True))
+    if not isinstance(module, SliceLayer):
+        return {key: Place(module, parameter) for key, parameter in below.items()}
+    layers = list(layers_around(module))
+    if [layer.parameter for layer in layers] == [*below.values()]:
+        return {key: Place(layer) for key, layer in zip(below, layers, strict=True)}
+    return {key: Place(module, _OF_OTHERS) for key in below}
+
+
+_OF_OTHERS = ""
+"""In a place whose module is one of our layers: that layer is of other parameters."""
+
+
+def _keys(name: str, parameters: list[str]) -> list[str]:
+    """The names of the tuner layers around the module `name`, the outermost, which is that of the last parameter, first."""
+    return [f"{name}{'.base_layer' * depth}" for depth in range(len(parameters))]
+
+
+def _untuned_or_outermost(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules by name, but for those inside of tuner layers."""
+    tuned = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return [(name, module) for name, module in model.named_modules() if name and not name.startswith(tuned)]
+
+
+def _names(names: list[str] | str | None, key: str) -> bool:
+    """Whether a list of names or suffixes, or a regular expression, names `key`."""
+    if isinstance(names, str):
+        return re.fullmatch(names, key) is not None
+    return any(_ends_with(key, name) for name in names or [])
 
 
 def names_all_linear(config: SliceFineConfig) -> bool:
@@ -45,7 +97,7 @@ def names_all_linear(config: SliceFineConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
-def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, nn.Module]) -> list[str]:
+def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, Place]) -> list[str]:
     """Everything that keeps `config` from being attached to the `targets` of `model`, one sentence each."""
     problems = _environment_problems(model)
     problems += _matching_problems(model, config, targets)
@@ -54,13 +106,15 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
         id(parameter) for _, m in model.named_modules(remove_duplicate=False) for parameter in m._parameters.values()
     )
     sound = {}
-    for name, module in targets.items():
-        trained = ("weight", "bias") if config.bias != "none" else ("weight",)
-        problem = _layer_problem(module, parents[name.rpartition(".")[0]], owners, trained)
+    parameters = {key for name, of in find_parameters(model, config).items() for key in _keys(name, of)}
+    for name, place in targets.items():
+        parent = parents.get(name.rpartition(".")[0])  # none where layers are to stand one around the other
+        problem = why_not(place, parent, owners, as_parameter=name in parameters, train_bias=config.bias != "none")
         if problem:
-            problems.append(f"{name}: {problem}")
+            shown = f"{name.replace('.base_layer', '')}.{place.parameter}" if name in parameters else name
+            problems.append(f"{shown}: {problem}")
         else:
-            sound[name] = module
+            sound[name] = place
     if not names_all_linear(config) and config.seals is None:
         problems += by_text(
             {
@@ -72,10 +126,9 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
     return problems
 
 
-def clamped(targets: dict[str, nn.Module], config: SliceFineConfig) -> dict[str, Shape]:
+def clamped(targets: dict[str, Place], config: SliceFineConfig) -> dict[str, Shape]:
     """The targets whose weight is narrower than `r` along an axis in use, with the shape of the weight."""
-    bases = {name: m.get_base_layer() if isinstance(m, SliceLayer) else m for name, m in targets.items()}
-    shapes = {name: Place(base).shape for name, base in bases.items() if isinstance(base, BASE_LAYERS)}
+    shapes = {name: base_place(place).shape for name, place in targets.items()}
     return {name: shape for name, shape in shapes.items() if _narrowest(config, shape) < config.r}
 
 
@@ -87,9 +140,9 @@ def _axis_names(config: SliceFineConfig, shape: Shape) -> str:
     return "rows" if _narrowest(config, shape) == shape[0] and config.axis != COLUMN else "columns"
 
 
-def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, nn.Module]) -> list[str]:
+def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, Place]) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
-    linear = [name for name, module in model.named_modules() if isinstance(module, (*BASE_LAYERS, SliceLayer))]
+    linear = [name for name, module in model.named_modules() if isinstance(module, (*LINEAR_LAYERS, SliceLayer))]
     problems = []
     for setting in ("target_modules", "exclude_modules", "modules_to_save"):
         wanted = getattr(config, setting)
@@ -114,6 +167,13 @@ def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[
                     f"`{setting}` names {name!r}, which no module of the model is called; of the names given, these match: "
                     f"{others}.{did_you_mean(name, known)} Linear layers here: {_list(Counter(k.rpartition('.')[2] for k in linear))}."
                 )
+    parameters = [name for name, _ in model.named_parameters()]
+    for name in config.target_parameters or []:
+        if not any(_ends_with(key, name) for key in parameters):
+            known = {".".join(key.split(".")[-2:]) for key in parameters}
+            problems.append(
+                f"`target_parameters` names {name!r}, which no parameter of the model is called.{did_you_mean(name, known)}"
+            )
     if config.layers_to_transform is not None:
         wanted = config.layers_to_transform
         present = _blocks(targets)
@@ -171,41 +231,3 @@ def _environment_problems(model: nn.Module) -> list[str]:
             "the base model runs with tensor parallelism, which is not supported yet. Load it without `tp_plan`."
         )
     return problems
-
-
-def _layer_problem(module: nn.Module, parent: nn.Module, owners: Counter[int], trained: tuple[str, ...]) -> str | None:
-    if isinstance(module, SliceLayer):
-        return None
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    if isinstance(module, BaseTunerLayer):
-        return f"another PEFT method tunes this layer already ({kind}). Merge or unload it first."
-    if not isinstance(module, BASE_LAYERS):
-        return f"slices live in torch.nn.Linear layers and transformers' Conv1D; this is a {kind}. Leave it out with `exclude_modules`."
-    leave_out = "Leave it out with `exclude_modules`."
-    weight = module.weight
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        return f"a slice needs a weight in bf16, fp16, fp32 or fp64; this one is {weight.dtype} ({kind}). Load the model unquantized."
-    if type(weight.data) is not Tensor and not isinstance(weight, DTensor):
-        return f"its weight is a {type(weight.data).__name__}, which stores its values in a way of its own. {leave_out}"
-    if isinstance(weight, DTensor) or any(key in vars(weight) for key in ("ds_id", "_is_flat_param")):
-        return f"its weight is cut into shards ({type(weight).__name__}), which is not supported yet. Attach to an unsharded model."
-    hook = getattr(module, "_hf_hook", None)
-    if getattr(hook, "offload", False):
-        return (
-            "its weight is offloaded to the CPU or to disk, which is not supported yet. Load the model onto one device."
-        )
-    known = any(type(module).forward is base.forward for base in BASE_LAYERS)
-    if not known or hasattr(module, "parametrizations"):
-        return f"it is a {kind}, a linear layer with a way of its own to compute or store its weight. {leave_out}"
-    if isinstance(parent, nn.MultiheadAttention):
-        return f"torch.nn.MultiheadAttention reads its weight without calling the layer, so a slice would get no gradient. {leave_out}"
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
-        return f"it has hooks or a `forward` of its own, which training a slice would pass by. Remove them, or register them after attaching. {leave_out}"
-    for kind in trained:
-        if module._parameters[kind] is not None and owners[id(module._parameters[kind])] > 1:
-            return (
-                f"its {kind} is tied: another module, or another name of this one, has the same and would change with it. "
-                f"Untie them, or leave it out with `exclude_modules`."
-            )
-    return None

@@ -28,15 +28,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+def listed(names: Iterable[str], shown: int = NAMED) -> str:
+    """`"a, b, c and 4 more"`"""
+    every = list(names)
+    more = f" and {len(every) - shown} more" if len(every) > shown else ""
+    return ", ".join(every[:shown]) + more
+
+
 def by_text(problems: Mapping[str, str]) -> list[str]:
     """Problems by the name of what has them -> one problem per text, with the names that share it."""
     names: dict[str, list[str]] = {}
     for name, problem in sorted(problems.items()):
         names.setdefault(problem, []).append(name)
-    return [
-        f"{', '.join(shared[:NAMED])}{f' and {len(shared) - NAMED} more' if len(shared) > NAMED else ''}: {problem}"
-        for problem, shared in names.items()
-    ]
+    return [f"{listed(shared)}: {problem}" for problem, shared in names.items()]
 
 
 def raise_all(problems: list[str], where: str) -> None:

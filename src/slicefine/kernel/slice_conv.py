@@ -260,6 +260,8 @@ def _padded(x: Tensor, kernel, padding, padding_mode: str, dilation) -> tuple[Te
         return F.pad(x, sides, mode=padding_mode), (0,) * len(kernel)
     if before != after:
         # As torch does it: the same amount on both sides is left to the convolution.
-        sides = [side for pair in zip(reversed(before), reversed(after), strict=True) for side in (0, pair[1] - pair[0])]
+        sides = [
+            side for pair in zip(reversed(before), reversed(after), strict=True) for side in (0, pair[1] - pair[0])
+        ]
         x = F.pad(x, sides)
     return x, before

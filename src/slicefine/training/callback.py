@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import GreedyLR, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from slicefine.errors import SliceFineError, SliceFineWarning
+from slicefine.errors import SliceFineError, SliceFineWarning, listed
 from slicefine.slicing import Slice
 from slicefine.tuner.inspection import active_slices, tuned, unmoved, update_norm, update_norms
 from slicefine.tuner.layer import SliceLayer
@@ -115,10 +115,9 @@ class SliceFineCallback(TrainerCallback):
             layer.check_written()
         still = unmoved(model)
         if still:
-            more = f" and {len(still) - SHOWN_NAMES} more" if len(still) > SHOWN_NAMES else ""
             warnings.warn(
                 f"Training changed nothing in the slices of {len(still)} of {len(self._layers)} targets: "
-                f"{', '.join(still[:SHOWN_NAMES])}{more}. Either no gradient reaches these layers, or the learning "
+                f"{listed(still, SHOWN_NAMES)}. Either no gradient reaches these layers, or the learning "
                 f"rate ({args.learning_rate}) is too small for their number format. Leave them out with `exclude_modules`, "
                 "raise the learning rate, or load the model in float32.",
                 SliceFineWarning,

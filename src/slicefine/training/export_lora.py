@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
+from slicefine.errors import SliceFineError, SliceFineWarning, listed, raise_all
 from slicefine.slicing import Region
 from slicefine.training.export_check import logits
 from slicefine.training.export_source import BaseFiles, LoadedBase, Source
 from slicefine.tuner import artifact
+from slicefine.tuner.base_layers import LINEAR_LAYERS
 
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -51,6 +52,13 @@ def refuse_what_lora_lacks(source: Source, *, drop: bool) -> None:
             "LoRA servers take changes of weights alone, no biases and no heads. Export as merged, or leave them out on purpose with "
             "--drop_biases_and_heads",
         )
+    others = [
+        name for name, target in source.target_of.items() if not isinstance(source.places[target].module, LINEAR_LAYERS)
+    ]
+    if others:
+        raise SliceFineError(
+            f"LoRA servers take changes of linear layers; slices were trained in {listed(others)} too. Export as merged or slices."
+        )
     config = _config(source, dict.fromkeys(source.trained.seals, 1), drop=drop)
     try:
         LoraModel(source.skeleton, config, "default", low_cpu_mem_usage=True).unload()
@@ -66,10 +74,8 @@ def factors(source: Source, base: BaseFiles | LoadedBase) -> Factors:
     Raises `SliceFineError` if the base is not the one that the adapter was trained on, or nothing was changed.
     """
     found = {}
-    for name in source.trained.seals:
-        stored = base.read(f"{name}.weight")
-        weight = source.oriented(name, stored)
-        values = source.trained.layer(name, weight, bias=source.has_bias(name))
+    for parameter, name in source.target_of.items():
+        _, weight, values = source.read(base, parameter, name)
         original = weight.clone()
         source.trained.patch(values, weight)
         change = weight.float() - original.float()

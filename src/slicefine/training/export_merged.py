@@ -162,10 +162,9 @@ def _values(source: Source, files: BaseFiles, name: str, origin: str | None) -> 
     bias = f"{artifact.PEFT_ROOT}{layer}.{artifact.PREFIX}bias"
     if origin is None:
         yield trained.tensors.read(trained.heads[name]).to(dtype)
-    elif layer in trained.seals and part == "weight":
-        stored = files.read(origin)
-        weight = source.oriented(layer, stored)
-        trained.patch(trained.layer(layer, weight, bias=source.has_bias(layer)), weight)
+    elif target := source.target_of.get(name):
+        stored, weight, values = source.read(files, origin, target)
+        trained.patch(values, weight)
         yield stored
     elif part == "bias" and bias in trained.tensors.file_of:
         yield trained.tensors.read(bias).to(dtype)

@@ -37,7 +37,6 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -45,8 +44,9 @@ from slicefine.errors import SliceFineError, raise_all
 from slicefine.kernel import vectors
 from slicefine.slicing import SLICE_AXES, Region
 from slicefine.tuner import SliceFineConfig, artifact
-from slicefine.tuner.base_layers import BASE_LAYERS, present_values
+from slicefine.tuner.base_layers import Place, present_values
 from slicefine.tuner.seal import Seal
+from slicefine.tuner.targets import find_targets, weight_name
 
 CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -119,13 +119,12 @@ class Trained:
             )
 
     def layer(self, name: str, weight: Tensor, *, bias: bool) -> artifact.LayerValues:
-        """What was trained in the layer `name` of a base whose weight there is `weight` `(d_out, d_in)`.
+        """What was trained in the target `name` of a base whose weight there is `weight` `(d_out, d_in, *kernel)`.
 
         `bias`: whether the layer has one. Raises `SliceFineError` if this is not the base that it was trained on.
         """
-        shape = weight.shape[0], weight.shape[1]
         target = artifact.Target(
-            shape,
+            tuple(weight.shape),
             bias and self.config.bias != "none",
             self.config.schedule,
             functools.partial(present_values, weight),
@@ -135,12 +134,11 @@ class Trained:
         return artifact.parse(parts, {name: target})[name]
 
     def region(self, values: artifact.LayerValues, weight: Tensor) -> Region:
-        """The rows and columns of `weight` `(d_out, d_in)` that `values` replaces."""
-        shape = weight.shape[0], weight.shape[1]
-        return Region.of(self.config.schedule.touched(values.seal.step, shape))
+        """The rows and columns of `weight` `(d_out, d_in, *kernel)` that `values` replaces."""
+        return Region.of(self.config.schedule.touched(values.seal.step, tuple(weight.shape)))
 
     def patch(self, values: artifact.LayerValues, weight: Tensor) -> None:
-        """Put what was trained into `weight` `(d_out, d_in)`."""
+        """Put what was trained into `weight` `(d_out, d_in, *kernel)`."""
         region = self.region(values, weight)
         for axis in SLICE_AXES:
             index = torch.tensor(region.along(axis), dtype=torch.int64)
@@ -213,6 +211,8 @@ class Source:
     """That of the base in training."""
     skeleton: PreTrainedModel
     """The model on the meta device."""
+    places: dict[str, Place]
+    """Target -> where its weight is in the skeleton."""
     files: BaseFiles | None
     """None: the base is read by loading it, because of `why_not`."""
     why_not: str
@@ -248,13 +248,20 @@ class Source:
                 return Path(found)
         return None
 
-    def oriented(self, name: str, weight: Tensor) -> Tensor:
-        """The stored weight of the layer `name` as `(d_out, d_in)`; a view. Conv1D stores it transposed."""
-        return weight.t() if isinstance(self.skeleton.get_submodule(name), Conv1D) else weight
+    @functools.cached_property
+    def target_of(self) -> dict[str, str]:
+        """Name of each parameter that has slices -> the target that it is the weight of."""
+        return {weight_name(target, self.places[target]): target for target in self.trained.seals}
 
-    def has_bias(self, name: str) -> bool:
-        """Whether the layer `name` has a bias."""
-        return self.skeleton.get_submodule(name).bias is not None
+    def read(self, base: BaseFiles | LoadedBase, name: str, target: str) -> tuple[Tensor, Tensor, artifact.LayerValues]:
+        """The parameter `name` of the base as it is stored, the same as `(d_out, d_in, *kernel)`, a view, and what was trained of it.
+
+        Raises `SliceFineError` if this is not the base that `target` was trained on.
+        """
+        place = self.places[target]
+        stored = base.read(name)
+        weight = place.oriented(stored)
+        return stored, weight, self.trained.layer(target, weight, bias=place.bias is not None)
 
 
 def open_source(adapter: Path, settings: dict[str, Any], *, trust_remote_code: bool) -> Source:
@@ -285,7 +292,10 @@ def open_source(adapter: Path, settings: dict[str, Any], *, trust_remote_code: b
         files = BaseFiles(found, skeleton) if found else None
     except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(name, adapter, error) from error
-    raise_all(_layer_problems(trained, skeleton), f"{adapter} does not fit the model that its config.json describes")
+    places = find_targets(skeleton, trained.config)
+    raise_all(
+        _layer_problems(trained, skeleton, places), f"{adapter} does not fit the model that its config.json describes"
+    )
     why_not = "its weights are not stored as safetensors"
     if files:
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
@@ -295,10 +305,12 @@ def open_source(adapter: Path, settings: dict[str, Any], *, trust_remote_code: b
             if files.tensors.shapes[key] != shapes[parameter] and parameter not in trained.heads
         ]
         raise_all(odd, f"The base model {name!r} is not the one that {adapter / 'config.json'} describes")
-        absent = [target for target in trained.seals if f"{target}.weight" not in files.key_of]
+        absent = [target for target in trained.seals if weight_name(target, places[target]) not in files.key_of]
         if absent:
             files, why_not = None, f"{absent[0]} has no tensor of its own in its files"
-    return Source(trained, str(name), CLASSES[task_type], config, dtype, skeleton, files, why_not, trust, revision)
+    return Source(
+        trained, str(name), CLASSES[task_type], config, dtype, skeleton, places, files, why_not, trust, revision
+    )
 
 
 def saved_names(skeleton: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
@@ -347,14 +359,13 @@ def _keep_wide(skeleton: PreTrainedModel, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(kept[of_group[found.lastgroup]])
 
 
-def _layer_problems(trained: Trained, skeleton: PreTrainedModel) -> list[str]:
-    modules, state = dict(skeleton.named_modules()), skeleton.state_dict()
+def _layer_problems(trained: Trained, skeleton: PreTrainedModel, places: dict[str, Place]) -> list[str]:
+    state = skeleton.state_dict()
     problems = []
     for name, seal in trained.seals.items():
-        module = modules.get(name)
-        if not isinstance(module, BASE_LAYERS):
+        if name not in places:
             problems.append(f"{name}: the adapter trains it, the model has no such layer.")
-        elif (dtype := str(module.weight.dtype).removeprefix("torch.")) != seal.dtype:
+        elif (dtype := str(places[name].stored.dtype).removeprefix("torch.")) != seal.dtype:
             problems.append(
                 f"{name}: it was trained in {seal.dtype}, config.json says {dtype}. Write the dtype of the training into config.json."
             )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from slicefine.errors import SHOWN, SliceFineWarning, raise_all
+from slicefine.errors import SHOWN, SliceFineWarning, listed, raise_all
 from slicefine.kernel import vectors
 from slicefine.training.callback import tuned_layers
 from slicefine.training.checked import CheckedTrainer, all_finite, not_finite
@@ -89,7 +89,7 @@ def _step_problems(trainer: CheckedTrainer, batch: dict[str, Tensor]) -> list[st
         return ["the gradient of every slice is exactly zero: nothing would be learned. Is the loss a constant?"]
     if zero:
         warnings.warn(
-            f"On the first batch the gradient of {len(zero)} of {len(layers)} slices is exactly zero: {_listed(zero)}. Rows that "
+            f"On the first batch the gradient of {len(zero)} of {len(layers)} slices is exactly zero: {listed(zero, SHOWN)}. Rows that "
             "are never active (ReLU), experts that were not chosen and attention over a single token do this; slices that never "
             "change are named again when the run ends.",
             SliceFineWarning,
@@ -100,7 +100,7 @@ def _step_problems(trainer: CheckedTrainer, batch: dict[str, Tensor]) -> list[st
         return []
     return [
         f"a step of the optimizer at the peak learning rate ({trainer.args.learning_rate}) does not change the weight of "
-        f"{len(still)} of {len(layers)} targets: {_listed(still)}. The learning rate is too small for the number format: raise "
+        f"{len(still)} of {len(layers)} targets: {listed(still, SHOWN)}. The learning rate is too small for the number format: raise "
         "it, or load the model in float32."
     ]
 
@@ -132,12 +132,7 @@ def _unreached_problems(trainer: CheckedTrainer, unreached: list[str], called: s
                 "computed under no_grad. Leave the layer out with `slice.exclude_modules`"
             )
         causes.setdefault(cause, []).append(name)
-    return [f"no gradient reaches {_listed(names)}: {cause}." for cause, names in causes.items()]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return [f"no gradient reaches {listed(names, SHOWN)}: {cause}." for cause, names in causes.items()]
 
 
 @contextmanager

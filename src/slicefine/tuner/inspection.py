@@ -11,6 +11,7 @@ from slicefine.slicing import ParameterCounts, Slice, active_size, touched_size
 from slicefine.tuner.artifact import PEFT_ROOT
 from slicefine.tuner.layer import SliceLayer
 from slicefine.tuner.parameter import SliceParameter
+from slicefine.tuner.targets import weight_name
 
 
 def active_slices(model: nn.Module) -> dict[str, Slice]:
@@ -120,8 +121,4 @@ def tuned(model: nn.Module) -> list[tuple[str, SliceLayer, str]]:
 
 def _target_name(path: str, layer: SliceLayer) -> str:
     name = path.removeprefix(PEFT_ROOT)
-    if not isinstance(layer, SliceParameter):
-        return name
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return f"{name}.{layer.parameter}"
+    return weight_name(name, layer.place) if isinstance(layer, SliceParameter) else name

@@ -15,7 +15,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules
 from torch import Tensor, nn
 
-from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, by_text, raise_all
+from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, by_text, listed, raise_all
 from slicefine.slicing import ALTERNATE, SLICE_AXES, Region
 from slicefine.tuner import artifact, targets
 from slicefine.tuner.arrival import Arrival
@@ -88,8 +88,8 @@ class SliceFineModel(BaseTuner):
         if parameter_name is not None:
             layer = next((m for m in layers_around(target) if m.parameter == parameter_name), None)
             if layer is None:
-                name = current_key.replace(".base_layer", "")
-                layer = SliceParameter(target, f"{name}.{parameter_name}", parameter_name)
+                name = targets.weight_name(current_key, Place(target, parameter_name))
+                layer = SliceParameter(target, name, parameter_name)
                 self._replace_module(parent, target_name, layer, target)
         elif not isinstance(layer, SliceLayer):
             layer = (SliceLinear if isinstance(target, LINEAR_LAYERS) else SliceLayer)(target, current_key)
@@ -109,8 +109,7 @@ class SliceFineModel(BaseTuner):
         """PEFT's own knows only its own class of layers around parameters."""
         wanted = targets.find_parameters(model, peft_config)
         for name, parameters in wanted.items():
-            keys = [f"{name}{'.base_layer' * depth}" for depth in range(len(parameters))]
-            for key, parameter in zip(reversed(keys), parameters, strict=True):
+            for key, parameter in zip(reversed(targets.layer_names(name, parameters)), parameters, strict=True):
                 parent, target, target_name = _get_submodules(model, name)
                 self._create_and_replace(
                     peft_config, adapter_name, target, target_name, parent, current_key=key, parameter_name=parameter
@@ -364,10 +363,9 @@ def _base_problems(found: dict[str, Place], config: SliceFineConfig) -> list[str
 def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> None:
     narrow = targets.clamped(found, config)
     if narrow and config.seals is None:
-        listed = ", ".join(f"{name} {shape}" for name, shape in list(narrow.items())[:SHOWN])
-        listed += f" and {len(narrow) - SHOWN} more" if len(narrow) > SHOWN else ""
+        shapes = listed((f"{name} {shape}" for name, shape in narrow.items()), SHOWN)
         warnings.warn(
-            f"r={config.r} is more than some weights have rows or columns; their slices are as wide as the weight: {listed}.",
+            f"r={config.r} is more than some weights have rows or columns; their slices are as wide as the weight: {shapes}.",
             SliceFineWarning,
             stacklevel=2,
         )

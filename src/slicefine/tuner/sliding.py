@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from slicefine.errors import SliceFineError, SliceFineWarning
+from slicefine.errors import SliceFineError, SliceFineWarning, listed
 from slicefine.kernel import reset_moments
 
 if TYPE_CHECKING:
@@ -59,9 +59,19 @@ def _check(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} holds no parameter: its steps train nothing. An adapter is loaded for inference unless it is loaded "
             "with is_trainable=True."
         )
-    masters = [layer.slicefine_weight[adapter] for layer, adapter in _stepped_layers(held)]
+    stepped = _stepped_layers(held)
+    masters = [layer.slicefine_weight[adapter] for layer, adapter in stepped]
     if not masters:
         return
+    unreached = [
+        layer.name for (layer, _), m in zip(stepped, masters, strict=True) if m.requires_grad and m.grad is None
+    ]
+    if 0 < len(unreached) < len(masters):
+        _warn(
+            f"No gradient has reached {len(unreached)} of {len(masters)} slices before the first step of {type(optimizer).__name__}: "
+            f"{listed(unreached)}. A part of the model that such examples do not use does this, and code that computes with `weight.data` "
+            "instead of calling the layer. Leave these layers out with `exclude_modules` if no later batch is to reach them."
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise SliceFineError(
             "LBFGS evaluates the model between updates within one step, and a slice is written back after the step. Use an "

@@ -61,7 +61,7 @@ def find_parameters(model: nn.Module, config: SliceFineConfig) -> dict[str, list
 
 def _nested(name: str, module: nn.Module, parameters: list[str]) -> dict[str, Place]:
     """The places of parameters of one module: their tuner layers stand one around the other, the last one outermost."""
-    below = dict(zip(_keys(name, parameters), reversed(parameters), strict=True))
+    below = dict(zip(layer_names(name, parameters), reversed(parameters), strict=True))
     if not isinstance(module, SliceLayer):
         return {key: Place(module, parameter) for key, parameter in below.items()}
     layers = list(layers_around(module))
@@ -70,11 +70,18 @@ def _nested(name: str, module: nn.Module, parameters: list[str]) -> dict[str, Pl
     return {key: Place(module, _OF_OTHERS) for key in below}
 
 
+def weight_name(target: str, place: Place) -> str:
+    """The name, in the base model, of the parameter that is the weight of a target."""
+    while target.endswith(".base_layer"):
+        target = target.removesuffix(".base_layer")
+    return f"{target}.{place.parameter}"
+
+
 _OF_OTHERS = ""
 """In a place whose module is one of our layers: that layer is of other parameters."""
 
 
-def _keys(name: str, parameters: list[str]) -> list[str]:
+def layer_names(name: str, parameters: list[str]) -> list[str]:
     """The names of the tuner layers around the module `name`, the outermost, which is that of the last parameter, first."""
     return [f"{name}{'.base_layer' * depth}" for depth in range(len(parameters))]
 
@@ -106,13 +113,12 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
         id(parameter) for _, m in model.named_modules(remove_duplicate=False) for parameter in m._parameters.values()
     )
     sound = {}
-    parameters = {key for name, of in find_parameters(model, config).items() for key in _keys(name, of)}
+    parameters = {key for name, of in find_parameters(model, config).items() for key in layer_names(name, of)}
     for name, place in targets.items():
         parent = parents.get(name.rpartition(".")[0])  # none where layers are to stand one around the other
         problem = why_not(place, parent, owners, as_parameter=name in parameters, train_bias=config.bias != "none")
         if problem:
-            shown = f"{name.replace('.base_layer', '')}.{place.parameter}" if name in parameters else name
-            problems.append(f"{shown}: {problem}")
+            problems.append(f"{weight_name(name, place) if name in parameters else name}: {problem}")
         else:
             sound[name] = place
     if not names_all_linear(config) and config.seals is None:

@@ -220,13 +220,13 @@ def test_equal_problems_of_many_layers_are_said_once():
 
 def test_all_problems_at_once():
     model = Holder(OwnForward(6, 6))
-    model.other = nn.Embedding(3, 3)
+    model.other = nn.LayerNorm(3)
     refused(
         model,
         SliceFineConfig(target_modules=["layer", "other", "nothing"]),
         "3 problems",
         "OwnForward",
-        "Embedding",
+        "LayerNorm",
         "'nothing'",
     )
 

@@ -113,7 +113,7 @@ def _of_rows(g, kept, index_R, geometry, channels) -> Tensor:
     """`(R, d_in, *kernel)`"""
     d_out, (R,), groups = g.shape[1], index_R.shape, geometry.groups
     g_NRS = _channels(g, index_R)
-    if groups > 1 and kept.shape[1] != channels or R < groups:
+    if groups > R:
         # Every row with its own input channels: as many groups as rows.
         return _own_gradient(g_NRS, kept, geometry._replace(groups=R))
     if R * geometry.taps <= channels:

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from slicefine.kernel import slice_linear, vectors
-from slicefine.kernel.slice_conv import slice_conv
+from slicefine.kernel import slice_conv, slice_embedding, slice_linear, vectors
 from slicefine.slicing import Shape
 
 LINEAR_LAYERS = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BASE_LAYERS = (*LINEAR_LAYERS, *CONVOLUTIONS)
+BASE_LAYERS = (*LINEAR_LAYERS, *CONVOLUTIONS, nn.Embedding)
 """Layers that can hold slices."""
 BASE_LAYERS_IN_WORDS = "torch.nn.Linear, Conv1d, Conv2d, Conv3d and Embedding, and transformers' Conv1D"
 WEIGHT = "weight"
@@ -85,7 +84,23 @@ def kernel_of(layer: nn.Module) -> Callable[..., Tensor]:
             groups=layer.groups,
             padding_mode=layer.padding_mode,
         )
+    if isinstance(layer, nn.Embedding):
+        return functools.partial(_embed, layer.padding_idx)
     return slice_linear
+
+
+def _embed(
+    padding_idx: int | None,
+    ids: Tensor,
+    weight: Tensor,
+    _no_bias: None,
+    master: Tensor,
+    index: Tensor,
+    axis: str,
+    _no_bias_master: None,
+    check: Callable[[], None] | None,
+) -> Tensor:
+    return slice_embedding(ids, weight, master, index, axis, padding_idx, check)
 
 
 def present_values(weight: Tensor, axis: str, indices: tuple[int, ...]) -> Tensor:

@@ -110,6 +110,8 @@ class SliceFineConfig(PeftConfig):
             problems.append(
                 f"`target_modules` names the layers to train; got {self.target_modules!r}. Use {ALL_LINEAR!r}."
             )
+        if self.target_parameters and self.target_modules is None:
+            self.target_modules = []  # None would let PEFT look for a default
         if isinstance(self.target_parameters, str):
             problems.append(
                 f"`target_parameters` is a list of names; got {self.target_parameters!r}. Write [{self.target_parameters!r}]."

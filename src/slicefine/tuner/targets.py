@@ -173,7 +173,7 @@ def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[
                     f"`{setting}` names {name!r}, which no module of the model is called; of the names given, these match: "
                     f"{others}.{did_you_mean(name, known)} Linear layers here: {_list(Counter(k.rpartition('.')[2] for k in linear))}."
                 )
-    parameters = [name for name, _ in model.named_parameters()]
+    parameters = [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
     for name in config.target_parameters or []:
         if not any(_ends_with(key, name) for key in parameters):
             known = {".".join(key.split(".")[-2:]) for key in parameters}

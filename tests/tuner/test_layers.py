@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from tiny import differences, trainable
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -130,10 +131,10 @@ class Case:
         y = self.outputs(model, seed).float()
         return (y - torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))).square().mean()
 
-    def fit(self, model, steps):
+    def fit(self, model, steps, through=None):
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
         for seed in range(steps):
-            self.loss(model, seed).backward()
+            self.loss(model if through is None else through, seed).backward()
             optimizer.step()
             optimizer.zero_grad()
         return model
@@ -239,6 +240,21 @@ def test_experts_never_have_a_gradient_of_the_whole(make, implementation, monkey
     model = case.adapted()
     monkeypatch.setattr(reading._Follow, "backward", staticmethod(refuse))
     case.fit(model, 3)
+
+
+# dynamo makes an instance of every autograd function that it traces, and torch warns of that
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["convolutions", "embeddings", "readers", "mixtral-grouped_mm"])
+def test_one_graph_over_three_positions(name):
+    torch._dynamo.reset()
+    case, counter = Case(name), CompileCounterWithBackend("aot_eager")
+    model = case.adapted(axis="row")
+    plain = copy.deepcopy(model)
+    case.fit(model, 5, through=torch.compile(model, backend=counter, fullgraph=True))
+    case.fit(plain, 5)
+    assert counter.frame_count == 1
+    for (name, layer, adapter), (_, other, _) in zip(tuned(model), tuned(plain), strict=True):
+        torch.testing.assert_close(layer.slicefine_weight[adapter], other.slicefine_weight[adapter], msg=name)
 
 
 def test_a_weight_that_is_read_costs_what_its_slice_costs(monkeypatch):

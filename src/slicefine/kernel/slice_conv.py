@@ -117,9 +117,8 @@ def _of_rows(g, kept, index_R, geometry, channels) -> Tensor:
         # Every row with its own input channels: as many groups as rows.
         return _own_gradient(g_NRS, kept, geometry._replace(groups=R))
     if R * geometry.taps <= channels:
-        d_RIK = _product(_spread(g_NRS, kept.shape[2:], geometry), kept, geometry.kernel).flip(
-            *range(2, 2 + len(geometry.kernel))
-        )
+        reversed_RIK = _product(_spread(g_NRS, kept.shape[2:], geometry), kept, geometry.kernel)
+        d_RIK = reversed_RIK.flatten(2).flip(2).unflatten(2, geometry.kernel)
     else:
         d_RIK = _own_gradient(g_NRS, kept, geometry._replace(groups=1))
     if groups == 1:

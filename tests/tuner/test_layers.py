@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from tiny import differences, trainable
+from safetensors.torch import load_file
+from tiny import differences, llama, tokens, trainable
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from slicefine import SliceFineConfig, SliceFineError, active_slices, parameter_counts, touched_slices
+from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning, active_slices, parameter_counts, touched_slices
 from slicefine.kernel import vectors
 from slicefine.slicing import Region
 from slicefine.tuner import reading
@@ -318,3 +319,44 @@ def test_wrong_calls_of_embeddings_and_convolutions():
     model.base_model.model.pointwise.base_layer.weight.requires_grad = True
     with pytest.raises(SliceFineError, match="trained by its slice or as a whole"):
         model(torch.randn(2, 2, 9), torch.randn(2, 3, 7, 7), torch.randn(2, 3, 4, 5, 5))
+
+
+def test_the_table_of_an_embedding_is_not_saved(tmp_path):
+    base = llama()
+    model = get_peft_model(
+        copy.deepcopy(base), SliceFineConfig(r=2, slide_every=2, target_modules=["embed_tokens", "lm_head"])
+    )
+    fit_lm(model, 5)
+    with pytest.warns(UserWarning, match="Setting `save_embedding_layers`"):  # PEFT means to
+        model.save_pretrained(tmp_path)
+    assert all("slicefine_" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def fit_lm(model, steps):
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
+    for _ in range(steps):
+        model(tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_experts_are_not_left_out_without_a_word():
+    with pytest.warns(SliceFineWarning, match=r"of the model are matrices of experts .*'experts.down_proj'"):
+        get_peft_model(mixtral("eager"), SliceFineConfig())
+
+
+def test_slices_that_no_gradient_reaches_are_named():
+    class Detached(Embeddings):
+        def forward(self, ids):
+            return self.out((self.tokens(ids) + self.positions(torch.arange(ids.shape[1])).detach()).tanh())
+
+    model = get_peft_model(Detached(), SliceFineConfig(r=2, target_modules=["tokens", "positions"]))
+    model(torch.arange(4)[None]).sum().backward()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    with pytest.warns(
+        SliceFineWarning, match="No gradient has reached 1 of 2 slices before the first step of SGD: positions"
+    ):
+        optimizer.step()

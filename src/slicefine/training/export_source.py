@@ -225,7 +225,12 @@ class Source:
         """The base model as it was in training, new layers with random values."""
         try:
             return self.model_class.from_pretrained(
-                self.name, config=self.model_config, dtype=self.dtype, revision=self.revision or "main", **self.trust
+                self.name,
+                config=self.model_config,
+                dtype=self.dtype,
+                revision=self.revision or "main",
+                ignore_mismatched_sizes=bool(self.trained.heads),  # a head of another size was replaced by a trained one
+                **self.trust,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _not_loaded(self.name, self.trained.folder, error) from error

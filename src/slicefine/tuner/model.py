@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules
 from torch import Tensor, nn
 
@@ -24,6 +24,9 @@ from slicefine.tuner.config import SliceFineConfig
 from slicefine.tuner.layer import SliceLayer, SliceLinear, layers_around
 from slicefine.tuner.parameter import SliceParameter
 from slicefine.tuner.seal import Seal
+
+MANY_EXPERTS = 0.1
+"""Share of a model that is not left out without a word."""
 
 
 class SliceFineModel(BaseTuner):
@@ -66,6 +69,7 @@ class SliceFineModel(BaseTuner):
                 name for name, place in found.items() if place.is_layer
             )  # PEFT heeds the blocks only for layers that are given by suffix
         _warn_of_adjustments(config, found)
+        _warn_of_experts(model, config)
         self.peft_config[adapter_name] = config
         self._arrival = Arrival(self, adapter_name) if config.seals is not None else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -226,6 +230,10 @@ class SliceFineModel(BaseTuner):
         for layer in layers.values():
             layer.check_written()
         _refuse_other_values(layers, adapter_name, state_dict)
+        # Of embeddings that are targeted PEFT saves the whole table next, from this dictionary; their slices are all there is to save.
+        tables = tuple(f"{name}." for name in layers if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+        for key in [key for key in state_dict if key.startswith(tables)]:
+            del state_dict[key]
         tensors: dict[str, Tensor] = {}
         seals = {}
         for name, layer in layers.items():
@@ -384,6 +392,22 @@ def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> No
             "Set axis='row' or axis='column', or a number of steps for slide_every.",
             SliceFineWarning,
             stacklevel=2,
+        )
+
+
+def _warn_of_experts(model: nn.Module, config: SliceFineConfig) -> None:
+    """Most of a mixture of experts may be in parameters that are no layers, and so are not among all linear layers."""
+    if not targets.names_all_linear(config) or config.target_parameters or config.seals is not None:
+        return
+    experts = {name: p for name, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1}
+    share = sum(p.numel() for p in experts.values()) / max(1, sum(p.numel() for p in model.parameters()))
+    if share > MANY_EXPERTS:
+        names = sorted({".".join(name.split(".")[-2:]) for name in experts})
+        warnings.warn(
+            f"{share:.0%} of the model are matrices of experts in parameters that are no layers ({listed(experts)}), so target_modules='all-linear' "
+            f"trains none of them. Train them with target_parameters={names!r}, or name the layers that are meant.",
+            SliceFineWarning,
+            stacklevel=3,
         )
 
 

@@ -91,7 +91,7 @@ def test_all_problems_at_once_with_the_file_named(tmp_path: Path) -> None:
         "there is no setting 'training.num_train_epoch'. Did you mean 'training.num_train_epochs'?",
         "`slice.axis` is one of row, column, alternate; got 'rov'. Did you mean 'row'?",
         "`training.learning_rate` is a number; got 'fast'.",
-        "`task` is one of text-classification, causal-lm; got 'text-clasification'. Did you mean 'text-classification'?",
+        "`task` is one of text-classification, image-classification, video-classification, causal-lm; got 'text-clasification'. Did you mean 'text-classification'?",
         "`data.validation` as a fraction lies between 0 and 1, ends excluded; got 1.5.",
         "`data.max_length` is at least 1; got 0.",
         "`slice.r` is the number of rows or columns in a slice, a whole number of at least 1; got 0.",
@@ -166,6 +166,11 @@ def test_an_empty_section_is_its_defaults(tmp_path: Path) -> None:
         ("data.text_pair", "text"),
         ("data.subset", "sst2"),
         ("data.train_split", "test"),
+        ("data.num_frames", 8),
+        ("data.on_error", "skip"),
+        ("data.augmentation", ["flip"]),
+        ("data.image", "path"),
+        ("data.packing", True),
     ],
 )
 def test_values_out_of_range(settings: dict[str, Any], key: str, value: Any) -> None:
@@ -199,3 +204,65 @@ def test_shipped_recipes(path: Path) -> None:
     assert Recipe.from_flat(recipe.flat()) == recipe
     # What PEFT and the Trainer would refuse.
     SliceFineConfig(**dataclasses.asdict(recipe.slice))
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "value", "says"),
+    [
+        (
+            "image-classification",
+            "data.text",
+            "t",
+            "`data.text` is for text-classification, causal-lm; this is image-cl",
+        ),
+        ("image-classification", "data.max_length", 64, "`data.max_length` is for text-classification, causal-lm;"),
+        ("image-classification", "data.label_kind", "number", "`data.label_kind` is for text-classification;"),
+        ("image-classification", "data.num_frames", 8, "`data.num_frames` is for video-classification; this is image-"),
+        (
+            "causal-lm",
+            "data.on_error",
+            "skip",
+            "`data.on_error` is for image-classification, video-classification; this",
+        ),
+        (
+            "causal-lm",
+            "data.label",
+            "y",
+            "`data.label` is for text-classification, image-classification, video-classif",
+        ),
+        ("video-classification", "data.num_frames", 0, "`data.num_frames` is at least 1; got 0."),
+        (
+            "video-classification",
+            "data.video",
+            "label",
+            "`data.video` and `data.label` are different columns; got label, l",
+        ),
+        (
+            "image-classification",
+            "data.augmentation",
+            ["flip", "colour"],
+            "`data.augmentation` names crop, flip, color; got 'colour'. Did you mean 'color'?",
+        ),
+    ],
+)
+def test_settings_of_images_clips_and_texts(task: str, key: str, value: Any, says: str) -> None:
+    values = {"task": task, "model.name": "m", "output": "o", "data.train": "folder", key: value}
+    (problem,) = Recipe.from_flat(values).problems()
+    assert says in problem
+
+
+@pytest.mark.parametrize("task", ["image-classification", "video-classification"])
+def test_what_images_and_clips_share(task: str) -> None:
+    shared = {"data.on_error": "skip", "data.augmentation": ["crop", "flip", "color"], "data.label": "y"}
+    assert (
+        Recipe.from_flat({"task": task, "model.name": "m", "output": "o", "data.train": "f"} | shared).problems() == []
+    )
+
+
+def test_the_share_for_validation_depends_on_the_name(tmp_path: Path) -> None:
+    assert Recipe.load(write(tmp_path, GOOD)).data.validation == 0.1
+    assert Recipe.load(write(tmp_path, GOOD), {"data.name": "sst2"}).data.validation == 0.1
+    by_name = Recipe.load(write(tmp_path, GOOD.replace("train: train.jsonl", "name: sst2")))
+    assert (by_name.data.validation, by_name.resolved().data.validation) == (None, "validation")
+    assert Recipe.load(write(tmp_path, by_name.to_yaml())) == by_name
+    assert Recipe.load(write(tmp_path, by_name.resolved().to_yaml())) == by_name.resolved()

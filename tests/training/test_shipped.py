@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,19 @@ from transformers import AutoConfig
 
 from slicefine import SliceFineError
 from slicefine.training import shipped
+from slicefine.training.named import NAMED, SUITES
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import RunRecord
+from slicefine.training.run import planned_steps
 from slicefine.training.smoke import smoke
 
 ROOT = Path(__file__).parents[2]
 MODELS = {"llama-3.2-3b": "llama", "gemma-3-12b": "gemma3", "deepseek-r1-8b": "llama"}
 LANGUAGE = [f"{model}-{task}" for model in MODELS for task in ("commonsense", "math")]
+ROBERTA = [f"roberta-base-glue-{name}" for name in SUITES["glue"]]
+MINILM = [f"minilm-{name}" for name in ("cola", "mrpc", "sst2", "trec")]
+# Beginnings of names whose tests are further below, or in a file of their own.
+IMAGES_AND_CLIPS = ("vit-", "videomae-")
 ROWS = {
     "commonsense": [
         {
@@ -66,7 +73,8 @@ def data_of(task: str, tmp_path: Path) -> str:
 
 
 def test_what_ships() -> None:
-    assert set(shipped.shipped()) == {*LANGUAGE, "minilm-text-classification"}
+    texts = {name for name in shipped.shipped() if not name.startswith(IMAGES_AND_CLIPS)}
+    assert texts == {*LANGUAGE, *ROBERTA, *MINILM, "minilm-text-classification"}
     assert {path.parent for path in shipped.shipped().values()} == {ROOT / "recipes"}
     for path in shipped.shipped().values():
         assert len(shipped.headline(path)) > 20
@@ -104,7 +112,8 @@ def test_the_method_is_the_papers_and_the_rest_is_declared(name: str) -> None:
     recipe = Recipe.load(path)
     assert (recipe.slice.r, recipe.slice.axis, recipe.slice.slide_every) == (5, "alternate", 500)
     lines = path.read_text().splitlines()
-    for key in (
+    declared(
+        lines,
         "r",
         "slide_every",
         "learning_rate",
@@ -112,18 +121,40 @@ def test_the_method_is_the_papers_and_the_rest_is_declared(name: str) -> None:
         "order",
         "max_length",
         "validation",
-    ):
+    )
+    _, moves = counted(recipe, lines, held_out=recipe.data.validation)
+    assert 5 <= moves <= 10
+
+
+@pytest.mark.parametrize("name", [*ROBERTA, *MINILM])
+def test_the_method_is_the_papers_for_texts_too(name: str) -> None:
+    path = shipped.find(name)
+    recipe = Recipe.load(path)
+    assert (recipe.slice.r, recipe.slice.axis) == (5, "alternate")
+    lines = path.read_text().splitlines()
+    if name in ROBERTA:
+        declared(lines, "r", "slide_every", "learning_rate", "per_device_train_batch_size", "order", "max_length")
+        assert recipe.data.name == name.rpartition("-")[2]
+    steps, moves = counted(recipe, lines)
+    assert moves == 7  # in an eighth of the run each
+    assert recipe.slice.slide_every == math.ceil(steps / 8)
+
+
+def declared(lines: list[str], *keys: str) -> None:
+    """Check that whose choice each value is stands right above it."""
+    for key in keys:
         (at,) = [number for number, line in enumerate(lines) if line.strip().startswith(f"{key}:")]
         assert lines[at - 1].strip().startswith(("# Paper", "# Our choice")), key
-    # "One pass over 170,420 rows is 5,273 steps with 10 moves.": counted again.
-    from slicefine.training.run import planned_steps
 
+
+def counted(recipe: Recipe, lines: list[str], held_out: float = 0.0) -> tuple[int, int]:
+    """Steps and moves in "One pass over 170,420 rows is 5,273 steps with 10 moves.", checked by counting again."""
     (said,) = [line for line in lines if " rows " in line and " steps with " in line]
-    numbers = [int(word.replace(",", "")) for word in said.split() if word[0].isdigit()]
-    rows, steps, moves = numbers
-    assert planned_steps(rows - round(recipe.data.validation * rows), recipe) == steps
+    words = [word.replace(",", "") for word in said.partition(" over ")[2].split()]
+    rows, steps, moves = (int(word) for word in words if word.isdigit())
+    assert planned_steps(rows - round(held_out * rows), recipe) == steps
     assert recipe.slice_schedule.moves(steps - 1) == moves
-    assert 5 <= moves <= 10
+    return steps, moves
 
 
 @pytest.mark.parametrize("name", [*LANGUAGE, "minilm-text-classification"])
@@ -143,6 +174,37 @@ def test_every_recipe_runs_with_a_tiny_model_of_its_architecture(name: str, tmp_
     record = RunRecord.read(folder / "run")
     assert record.metrics["after"]["loss"] < record.metrics["before"]["loss"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "smoke"]
+
+
+@pytest.mark.parametrize("name", [*ROBERTA, *MINILM])
+def test_every_recipe_for_texts_runs_with_a_tiny_model_of_its_architecture(name: str, tmp_path: Path) -> None:
+    """On files with the columns that the recipe's first lines tell, for there is no hub here."""
+    task = name.rpartition("-")[2]
+    pair = "text_pair" in NAMED[task].columns if task in NAMED else False
+    classes = {"mnli": 3, "trec": 6}.get(task, 2)
+    rows = [
+        {"text": f"what is number {n}", "label": n % 26 / 5 if task == "stsb" else n % classes}
+        | ({"text_pair": f"it is {n % classes}"} if pair else {})
+        for n in range(60)
+    ]
+    files = {"train": tmp_path / "train.jsonl", "validation": tmp_path / "validation.jsonl"}
+    for file in files.values():
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {f"data.{key}": str(file) for key, file in files.items()} | (
+        {"data.text_pair": "text_pair"} if pair else {}
+    )
+    folder = tmp_path / "smoke"
+    folder.mkdir()
+    said = "\n".join(smoke(Recipe.load(shipped.find(name), given), folder))
+    architecture = "roberta" if name in ROBERTA else "bert"
+    assert f"a tiny {architecture} (" in said
+    assert "finished: 4 steps, moves: 1, validation loss " in said
+    assert "all examples read and checked (60 for train, 60 for validation)" in said
+    scores = NAMED[task].metrics if task in NAMED else ("accuracy", "f1_macro")
+    record = RunRecord.read(folder / "run")
+    assert record.metrics["after"].keys() == {"loss", *scores}
+    config = AutoConfig.from_pretrained(folder / "run" / "adapter")
+    assert (config.model_type, config.num_labels) == (architecture, 1 if task == "stsb" else classes)
 
 
 def test_the_smoke_test_takes_what_it_can_have_of_the_model(lm_settings: dict[str, Any], tmp_path: Path) -> None:

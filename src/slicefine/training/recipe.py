@@ -6,7 +6,6 @@ The line under each field is its `--help`. Nothing heavy is imported here (no to
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any, Literal
 
 import yaml
 
-from slicefine.errors import SliceFineError, did_you_mean, raise_all
+from slicefine.errors import SliceFineError, raise_all
 from slicefine.slicing import Schedule
+from slicefine.training import recipe_checks as checks
 from slicefine.training import schema
-from slicefine.training.data import SUFFIXES
+from slicefine.training.named import NAMED
 from slicefine.training.tasks import TASKS
 
 
@@ -45,8 +45,8 @@ class DataSettings:
     """File (.jsonl, .json, .csv, .parquet), folder of images or clips, or hub name, of the training examples; null = as name says"""
     name: str | None = None
     """A data set of the paper: sst2, pets, ucf101, ... (see docs/training.md): its metrics and, from the hub, its source and columns"""
-    validation: float | str = 0.1
-    """File, split of the hub data set, or fraction of the training examples to split off (0 to 1)"""
+    validation: float | str | None = None
+    """File, split of the hub data set, or fraction of the training examples to split off (0 to 1); null = the split that name says, else 0.1"""
     subset: str | None = None
     """Configuration of a hub data set, e.g. sst2 of glue"""
     train_split: str = "train"
@@ -58,7 +58,7 @@ class DataSettings:
     text_pair: str | None = None
     """text-classification: column of the second text, for pairs; null = single texts"""
     label: str = "label"
-    """text-classification: column of the label, an integer or a string"""
+    """Column of the label: an integer or a string, or for a regression any number"""
     label_kind: Literal["class", "number"] = "class"
     """text-classification: number = regression on a label that is a number"""
     image: str = "image"
@@ -80,6 +80,15 @@ class DataSettings:
     fully_cut: Literal["drop", "error"] = "drop"
     """causal-lm: an example of which max_length leaves nothing to learn: drop (counted and named), or error"""
 
+    def __post_init__(self) -> None:
+        if self.validation is None and not self.by_name:
+            object.__setattr__(self, "validation", 0.1)
+
+    @property
+    def by_name(self) -> bool:
+        """Whether source, splits and columns are those of the data set `name`."""
+        return self.train is None and self.name is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class SliceSettings:
@@ -97,6 +106,8 @@ class SliceSettings:
     """Seed of the random order"""
     target_modules: str | list[str] = "all-linear"
     """Names or suffixes of layers, a regular expression, or all-linear"""
+    target_parameters: list[str] | None = None
+    """Names or suffixes of parameters that are no layer's weight, e.g. mlp.experts.down_proj"""
     exclude_modules: str | list[str] | None = None
     """Names or suffixes, or a regular expression, of layers to leave alone"""
     layers_to_transform: int | list[int] | None = None
@@ -211,101 +222,36 @@ class Recipe:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
     def resolved(self) -> Recipe:
-        """The same recipe with absolute paths, so that it means the same from any working directory."""
+        """The same recipe with absolute paths, so that it means the same from any working directory, and with what
+        `data.name` stands for. The values must have been checked (`problems`)."""
+        flat = self.flat()
+        if self.data.name:
+            named = NAMED[self.data.name]
+            flat["data.label_kind"] = named.label_kind
+            if self.data.by_name:
+                validation = {} if self.data.validation is None else {"data.validation": self.data.validation}
+                flat |= {f"data.{name}": value for name, value in named.settings.items()} | validation
         local = {
             key: str(Path(value).resolve())
-            for key, value in self.flat().items()
+            for key, value in flat.items()
             if key in ("model.name", "data.train", "data.validation")
             and isinstance(value, str)
             and Path(value).exists()
         }
-        return Recipe.from_flat({**self.flat(), **local, "output": str(Path(self.output).resolve())})
+        return Recipe.from_flat({**flat, **local, "output": str(Path(self.output).resolve())})
 
     def problems(self, *, task_known: bool = True) -> list[str]:
         """Everything that is wrong with the values, one sentence each; empty if nothing is.
 
         `task_known`: False if `task` is a stand-in, by which no other setting can be judged.
         """
-        found = []
-        values = self.flat()
-        if self.task not in TASKS:
-            found.append(f"`task` is one of {', '.join(TASKS)}; got {self.task!r}.{did_you_mean(self.task, TASKS)}")
-        for key, least in _AT_LEAST.items():
-            if values[key] is not None and not values[key] >= least:
-                found.append(f"`{key}` is at least {least}; got {values[key]}.")
-        for key in ("training.learning_rate", "training.num_train_epochs"):
-            if not values[key] > 0:
-                found.append(f"`{key}` is above 0; got {values[key]}.")
-        if self.training.max_steps < 1 and self.training.max_steps != -1:
-            found.append(f"`training.max_steps` is at least 1, or -1 for none; got {self.training.max_steps}.")
-        fraction = self.data.validation
-        if isinstance(fraction, str) and fraction.lower() in ("none", "null"):
-            found.append("`data.validation` cannot be left out. Use a small fraction, such as 0.01.")
-        if not isinstance(fraction, str) and not 0 < fraction < 1:
-            found.append(f"`data.validation` as a fraction lies between 0 and 1, ends excluded; got {fraction}.")
-        if isinstance(fraction, str) and re.fullmatch(r"\d+(\.\d+)? ?%", fraction):
-            found.append(
-                f"`data.validation` as a fraction is a number between 0 and 1; got {fraction!r}. Write "
-                f"{float(fraction.rstrip(' %')) / 100:g}."
-            )
-        for key in ("model.name", "data.train", "data.validation", "data.text", "data.label", "output"):
-            if values[key] == "":
-                found.append(f"`{key}` is empty: {_help(key)}.")
-        if Path(self.data.train).suffix.lower() in SUFFIXES:
-            found += [
-                f"`data.{name}` is for data sets of the hub; {self.data.train} is a file. Leave it out."
-                for name in ("subset", "train_split")
-                if values[f"data.{name}"] != schema.settings(Recipe)[f"data.{name}"].default
-            ]
-        defaults = {key: setting.default for key, setting in schema.settings(Recipe).items()}
-        found += [
-            f"`{key}` is for {task}; this is {self.task}. Leave it out."
-            for key, task in _OF_ONE_TASK.items()
-            if task_known and self.task in TASKS and self.task != task and values[key] != defaults[key]
-        ]
-        if self.task == "text-classification":
-            columns = [column for column in (self.data.text, self.data.text_pair, self.data.label) if column]
-            if len(set(columns)) < len(columns):
-                found.append(
-                    f"`data.text`, `data.text_pair` and `data.label` are different columns; got {', '.join(columns)}."
-                )
-        if self.data.packing_strategy != defaults["data.packing_strategy"] and not self.data.packing:
-            found.append("`data.packing_strategy` says how to pack, and `data.packing` is false. Set it to true.")
-        # The schedule names its settings without their section.
-        return found + [problem.replace("`", "`slice.", 1) for problem in self.slice_schedule.problems()]
+        return checks.problems(self, schema.settings(Recipe), task_known=task_known)
 
     @property
     def slice_schedule(self) -> Schedule:
         """Where the slices will be."""
         names = [item.name for item in dataclasses.fields(Schedule)]
         return Schedule(**{name: getattr(self.slice, name) for name in names})
-
-
-# A setting that a task would pass over is refused.
-_OF_ONE_TASK = {
-    "data.text_pair": "text-classification",
-    "data.label": "text-classification",
-    "data.format": "causal-lm",
-    "data.packing": "causal-lm",
-    "data.packing_strategy": "causal-lm",
-    "data.fully_cut": "causal-lm",
-}
-
-_AT_LEAST = {
-    "data.max_length": 1,
-    "training.per_device_train_batch_size": 1,
-    "training.per_device_eval_batch_size": 1,
-    "training.gradient_accumulation_steps": 1,
-    "training.warmup_steps": 0,
-    "training.weight_decay": 0,
-    "training.max_grad_norm": 0,
-    "training.eval_steps": 1,
-    "training.save_steps": 1,
-    "training.save_total_limit": 1,
-    "training.logging_steps": 1,
-    "training.seed": 0,
-    "training.dataloader_num_workers": 0,
-}
 
 
 def _help(key: str) -> str:

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
-from transformers import EvalPrediction
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from slicefine import SliceFineError
 from slicefine.training.recipe import DataSettings, Recipe
@@ -34,7 +40,7 @@ def refusal(path: Path, rows: list[dict[str, Any]], **settings: Any) -> str:
 
 def test_every_task_is_there() -> None:
     for name in TASKS:
-        assert get_task(name).PEFT_TASK_TYPE
+        assert callable(get_task(name).read)
 
 
 def test_string_labels_are_numbered_in_sorted_order(tmp_path: Path) -> None:
@@ -183,10 +189,106 @@ def test_no_such_model(settings: dict[str, Any], tmp_path: Path) -> None:
         task.prepare(recipe, task.read(recipe.data))
 
 
-def test_scores() -> None:
-    logits = np.eye(3)[[0, 1, 2, 2]]
-    labels = np.array([0, 1, 2, 1])
-    # F1 by class: 1, 2/3, 2/3
-    for predictions in (logits, (logits, np.zeros(1))):
-        found = task.scores(EvalPrediction(predictions=predictions, label_ids=labels))
-        assert found == pytest.approx({"accuracy": 0.75, "f1_macro": 7 / 9})
+def test_a_pair_with_one_text_empty_is_learned_and_noted(tmp_path: Path) -> None:
+    rows = [{"a": f"one {n}", "b": "" if n in (3, 5) else "two", "y": n % 2} for n in range(16)]
+    columns = {"text": "a", "text_pair": "b", "label": "y", "validation": 0.25}
+    examples = read(tmp_path, rows, **columns)
+    assert examples.notes == [f"Pairs with one text empty: 2, the first at {tmp_path / 'train.jsonl'}:4."]
+    assert len(examples.train) + len(examples.validation) == 16
+    rows[7] |= {"a": " "}
+    rows[3] |= {"a": " "}
+    rows[5] |= {"b": None}
+    message = refusal(tmp_path, rows, **columns)
+    assert "2 problems" in message
+    assert ":4: 'a' and 'b' are empty." in message
+    assert ":6: 'b' is a text; got null." in message
+
+
+def test_notes_of_classes_reach_the_record(settings: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"text": "ball", "label": n % 2} for n in range(40)] + [{"text": "moon", "label": 2}]
+    recipe = Recipe.from_flat(settings | {"data.train": write(tmp_path / "rare.jsonl", rows)})
+    notes = task.prepare(recipe, task.read(recipe.data)).notes
+    assert notes == ["Classes with one training example alone: '2'.", "Classes without a validation example: '2'."]
+
+
+def test_long_pairs_keep_something_of_both(settings: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"text": "ball " * 40, "text_pair": "moon " * (40 if n % 2 else 2), "label": n % 2} for n in range(16)]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    recipe = Recipe.from_flat(settings | {"data.train": path, "data.text_pair": "text_pair", "data.max_length": 16})
+    prepared = task.prepare(recipe, task.read(recipe.data))
+    tokens = [prepared.train["input_ids"][prepared.train["labels"].index(label)] for label in (0, 1)]
+    ball, moon = prepared.processor.convert_tokens_to_ids(["ball", "moon"])
+    for row, (balls, moons) in zip(tokens, ((11, 2), (6, 7)), strict=True):
+        assert (len(row), row.count(ball), row.count(moon)) == (16, balls, moons)
+
+
+def test_numbers_are_predicted_by_one_output(settings: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"text": "ball", "label": n / 4} for n in range(16)]
+    changed = {"data.train": write(tmp_path / "numbers.jsonl", rows), "data.label_kind": "number"}
+    recipe = Recipe.from_flat(settings | changed)
+    examples = task.read(recipe.data)
+    assert "classes" not in examples.summary()
+    assert sorted([*examples.train["labels"], *examples.validation["labels"]]) == [n / 4 for n in range(16)]
+    assert len(examples.validation) == 4
+    prepared = task.prepare(recipe, examples)
+    assert (prepared.model.config.num_labels, prepared.model.config.problem_type) == (1, "regression")
+    assert prepared.collator is not None
+    batch = prepared.collator([prepared.train[n] for n in range(3)])
+    assert batch["labels"].dtype == torch.float32
+    assert "less than one example. Set" in refusal(tmp_path, rows, label_kind="number", validation=0.01)
+
+
+@pytest.mark.parametrize("outputs", [5, 1, 3])
+def test_a_head_of_another_size_is_replaced_and_noted(
+    outputs: int, settings: dict[str, Any], model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tuned"
+    tokenizer = task.AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.save_pretrained(folder)
+    config = BertConfig.from_pretrained(model_folder, num_labels=outputs)
+    saved = BertForSequenceClassification(config)
+    saved.save_pretrained(folder)
+    recipe = Recipe.from_flat(settings | {"model.name": str(folder)})
+    prepared = task.prepare(recipe, task.read(recipe.data))
+    assert prepared.model.config.num_labels == 3
+    replaced = [f"The head of {outputs} classes in the files of {folder} was replaced by a new one of 3."]
+    assert prepared.notes == (replaced if outputs != 3 else [])
+    assert prepared.new_modules == (["classifier"] if outputs != 3 else [])
+    kept = prepared.model.state_dict()["bert.pooler.dense.weight"]
+    assert torch.equal(kept, saved.state_dict()["bert.pooler.dense.weight"])
+
+
+def test_another_size_elsewhere_is_damage(settings: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    task.AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    config = BertConfig.from_pretrained(model_folder)
+    BertModel(config).save_pretrained(folder)
+    config.intermediate_size = 40
+    config.save_pretrained(folder)
+    recipe = Recipe.from_flat(settings | {"model.name": str(folder)})
+    with pytest.raises(
+        SliceFineError, match=r"(?s)is damaged.*intermediate.dense.bias has shape \(48,\) in the files, \(40,\)"
+    ):
+        task.prepare(recipe, task.read(recipe.data))
+
+
+def test_positions_that_begin_behind_the_pad_token(
+    settings: dict[str, Any], model_folder: Path, tmp_path: Path
+) -> None:
+    """RoBERTa's table of 20 positions with pad token 3 has room for 16 tokens."""
+    folder = tmp_path / "roberta"
+    tokenizer = task.AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)
+    tokenizer.save_pretrained(folder)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=20, pad_token_id=3, **small)
+    RobertaModel(config).save_pretrained(folder)
+    recipe = Recipe.from_flat(settings | {"model.name": str(folder), "data.max_length": 16})
+    prepared = task.prepare(recipe, task.read(recipe.data))
+    full = torch.full((1, 16), 5)
+    assert prepared.model(full).logits.shape == (1, 3)
+    with pytest.raises((IndexError, RuntimeError)):
+        prepared.model(torch.full((1, 17), 5))
+    longer = Recipe.from_flat(settings | {"model.name": str(folder), "data.max_length": 17})
+    with pytest.raises(SliceFineError, match=r"at most what .* can read, 16 tokens; got 17\."):
+        task.prepare(longer, task.read(longer.data))

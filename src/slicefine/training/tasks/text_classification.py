@@ -1,32 +1,31 @@
-"""Text classification: one text, or a pair, to one of several classes."""
+"""Text classification: one text, or a pair, to one of several classes, or to a number (regression)."""
 
 from __future__ import annotations
 
-import random
-import re
-from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 
-from slicefine.errors import SliceFineError, raise_all
+from slicefine.errors import SliceFineError
 from slicefine.training.checked import CheckedTrainer
 from slicefine.training.data import Table, read_tables, shorten
+from slicefine.training.heads import new_modules, replaced_head
+from slicefine.training.labels import not_validated, number, split, values
+from slicefine.training.metrics import scores_of
 from slicefine.training.recipe import DataSettings, ModelSettings, Recipe
 from slicefine.training.tasks import Prepared
 
@@ -37,17 +36,18 @@ PRETRAINED = AutoModel
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Checked examples; `labels` index `Examples.classes`."""
+    """Checked examples; `labels` index `Examples.classes`, or are numbers (float) if there are none."""
 
     classes: list[str]
     train: Dataset
     """Columns `text`, `text_pair` (for pairs) and `labels`."""
     validation: Dataset
     sources: dict[str, dict[str, Any]]
+    notes: list[str]
 
     def summary(self) -> dict[str, Any]:
         """Sources, sizes and classes, for the run record."""
-        return {**self.sources, "classes": self.classes}
+        return {**self.sources, "classes": self.classes} if self.classes else self.sources
 
 
 def arguments(data: DataSettings, settings: dict[str, Any]) -> TrainingArguments:
@@ -56,69 +56,58 @@ def arguments(data: DataSettings, settings: dict[str, Any]) -> TrainingArguments
 
 
 def read(data: DataSettings) -> Examples:
-    """Read and check the examples and number the classes.
+    """Read and check the examples and number the classes (see `labels.py`).
 
-    Classes are the distinct labels of the training examples in sorted order (integers as numbers), or those a hub data
-    set declares. A fraction for validation is split off class by class, always in the same way for the same examples.
+    A fraction for validation is split off class by class, always in the same way for the same examples.
 
     Raises `SliceFineError` with every problem.
     """
     columns = [column for column in (data.text, data.text_pair, data.label) if column]
     tables = read_tables(data, columns)
-    problems = []
-    for name, table in tables.items():
-        if not table.rows:
-            problems.append(f"the {name} set is empty: {table.source} has no examples.")
-        problems += shorten(_text_problems(table, [data.text, *([data.text_pair] if data.text_pair else [])]))
-    labels, label_problems = _labels(tables, data.label)
-    raise_all(problems + label_problems, "Data")
+    texts = columns[:-1]
+    problems = [problem for table in tables.values() for problem in shorten(text_problems(table, texts))]
+    notes = [note for table in tables.values() for note in _half_empty(table, texts)]
+    classes: list[str] = []
+    numbers: Mapping[str, Sequence[float]]
+    if data.label_kind == "number":
+        numbers = values(tables, data.label, where="Data", problems=problems)
+    else:
+        found = number(tables, data.label, where="Data", problems=problems)
+        classes, numbers = found.classes, found.numbers
+        notes += found.notes
 
-    names = tables["train"].class_names.get(data.label)
-    known: list[int | str] = list(range(len(names))) if names else sorted(set(labels["train"]))
-    if len(known) < 2:
-        raise SliceFineError(f"Data: classification needs two classes or more; {data.train} has {len(known)}: {known}.")
-    index = {label: number for number, label in enumerate(known)}
-    unseen = [
-        f"{place}: label {label!r} is not among the {len(known)} classes of the training examples."
-        for name, table in tables.items()
-        for place, label in zip(table.places, labels[name], strict=True)
-        if label not in index
-    ]
-    if len(known) == len(labels["train"]) and (unseen or "validation" not in tables):
-        raise SliceFineError(
-            f"Data: the examples of a class share its label; in {data.label!r} of {data.train} each of the {len(known)} rows has "
-            "one of its own. Set `data.label` to the column of the classes."
-        )
-    raise_all(shorten(unseen), "Data")
-
-    sets = {name: _columns(table, data, [index[label] for label in labels[name]]) for name, table in tables.items()}
+    sets = {name: _columns(table, data, numbers[name]) for name, table in tables.items()}
     sources: dict[str, dict[str, Any]] = {
         name: {"source": table.source, "fingerprint": table.fingerprint} for name, table in tables.items()
     }
     if isinstance(data.validation, float):
-        kept, split_off = _split(sets["train"]["labels"], data.validation)
+        labels = sets["train"]["labels"]
+        kept, split_off = split(labels if classes else [0] * len(labels), data.validation)
         if not split_off:
+            of_each = " of each class" if classes else ""
             raise SliceFineError(
                 f"Data: the validation set is empty: a fraction of {data.validation} of the {len(kept)} examples of "
-                f"{data.train} is less than one example of each class. Set `data.validation` to a larger fraction, or to a "
-                "file."
+                f"{data.train} is less than one example{of_each}. Set `data.validation` to a larger fraction, or to a file."
             )
         whole = sets["train"]
         sets = {
-            name: {column: [values[i] for i in rows] for column, values in whole.items()}
+            name: {column: [cells[i] for i in rows] for column, cells in whole.items()}
             for name, rows in (("train", kept), ("validation", split_off))
         }
         sources["validation"] = {
             "source": f"{data.validation} of train",
             "fingerprint": sources["train"]["fingerprint"],
         }
+        if classes:
+            notes += not_validated(classes, sets["train"]["labels"], sets["validation"]["labels"])
     for name, columns_of in sets.items():
         sources[name]["examples"] = len(columns_of["labels"])
     return Examples(
-        classes=names or [str(label) for label in known],
+        classes=classes,
         train=Dataset.from_dict(sets["train"]),
         validation=Dataset.from_dict(sets["validation"]),
         sources=sources,
+        notes=notes,
     )
 
 
@@ -131,22 +120,13 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
             tokenizer.pad_token = tokenizer.eos_token
         config = AutoConfig.from_pretrained(
             settings.name,
-            num_labels=len(examples.classes),
-            id2label=dict(enumerate(examples.classes)),
-            label2id={name: number for number, name in enumerate(examples.classes)},
-            problem_type="single_label_classification",
+            **_outputs(examples.classes),
             pad_token_id=tokenizer.pad_token_id,
             trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise SliceFineError(_not_loaded(settings, error)) from error
-    longest = min(
-        tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or recipe.data.max_length
-    )
-    if recipe.data.max_length > longest:
-        raise SliceFineError(
-            f"`data.max_length` is at most what {settings.name} can read, {longest} tokens; got {recipe.data.max_length}."
-        )
+    _refuse_longer(recipe, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             settings.name,
@@ -154,6 +134,7 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
             dtype=settings.dtype,
             attn_implementation=settings.attn_implementation,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )
     except ImportError as error:  # of flash attention
@@ -161,18 +142,21 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     except (OSError, ValueError) as error:
         raise SliceFineError(_not_loaded(settings, error)) from error
 
+    _refuse_longer(recipe, positions(model))
+
     def tokenize(batch: dict[str, list[Any]]) -> Any:
         return tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=recipe.data.max_length)
 
     texts = [column for column in examples.train.column_names if column != "labels"]
     return Prepared(
         model=model,
-        tokenizer=tokenizer,
+        processor=tokenizer,
         train=examples.train.map(tokenize, batched=True, remove_columns=texts),
         validation=examples.validation.map(tokenize, batched=True, remove_columns=texts),
         collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=scores,
-        new_modules=sorted({key.rpartition(".")[0] for key in report["missing_keys"]}),
+        compute_metrics=scores_of(recipe.data, examples.classes),
+        new_modules=new_modules(report),
+        notes=[*examples.notes, *replaced_head(report, settings.name, model.config.num_labels)],
     )
 
 
@@ -180,80 +164,68 @@ def load_base(name: str, folder: Path) -> PreTrainedModel:
     """The base model with the classes and dtype that `config.json` in the adapter's `folder` says."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return AutoModelForSequenceClassification.from_pretrained(
-        name, config=config, dtype=config.dtype, trust_remote_code=False
+        name, config=config, dtype=config.dtype, ignore_mismatched_sizes=True, trust_remote_code=False
     )
 
 
-def scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy and macro F1, 0 to 1. Predictions are logits `(examples, classes)`, or a tuple that begins with them."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    predicted = np.argmax(logits, axis=-1)
+def _outputs(classes: list[str]) -> dict[str, Any]:
+    """What the configuration of the model says of its head."""
+    names = classes or ["LABEL_0"]  # as transformers calls the one output of a regression
     return {
-        "accuracy": float(accuracy_score(prediction.label_ids, predicted)),
-        "f1_macro": float(f1_score(prediction.label_ids, predicted, average="macro")),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: number for number, name in enumerate(names)},
+        "problem_type": "single_label_classification" if classes else "regression",
     }
 
 
-def _text_problems(table: Table, columns: list[str]) -> list[str]:
+def _refuse_longer(recipe: Recipe, *longest: int | None) -> None:
+    most = min((length for length in longest if length), default=recipe.data.max_length)
+    if recipe.data.max_length > most:
+        raise SliceFineError(
+            f"`data.max_length` is at most what {recipe.model.name} can read, {most} tokens; got {recipe.data.max_length}."
+        )
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the table of positions has room for, where it counts from behind the pad token, as RoBERTa's does."""
+    counts = [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    return min(counts, default=None)
+
+
+def text_problems(table: Table, columns: list[str]) -> list[str]:
+    """What is wrong with the texts in `columns`, by place."""
     problems = []
     for place, row in zip(table.places, table.rows, strict=True):
-        for column in columns:
-            text = row[column]
-            if not isinstance(text, str):
-                problems.append(f"{place}: {column!r} is a text; got {'null' if text is None else repr(text)}.")
-            elif not text.strip():
-                problems.append(f"{place}: {column!r} is empty.")
+        wrong = [column for column in columns if not isinstance(row[column], str)]
+        problems += [
+            f"{place}: {column!r} is a text; got {'null' if row[column] is None else repr(row[column])}."
+            for column in wrong
+        ]
+        if not wrong and not any(row[column].strip() for column in columns):
+            named = " and ".join(map(repr, columns))
+            problems.append(f"{place}: {named} {'is' if len(columns) == 1 else 'are'} empty.")
     return problems
 
 
-def _labels(tables: dict[str, Table], column: str) -> tuple[dict[str, list[Any]], list[str]]:
-    """The labels of each table as integers or strings, and what is wrong with them."""
-    labels = {name: [row[column] for row in table.rows] for name, table in tables.items()}
-    untyped = [name for name, table in tables.items() if not table.typed]
-    if untyped and all(re.fullmatch(r"-?\d+", label) for name in untyped for label in labels[name]):
-        labels |= {name: [int(label) for label in labels[name]] for name in untyped}
-    problems = []
-    first: dict[type, str] = {}
-    for name, table in tables.items():
-        names = table.class_names.get(column)
-        bad = []
-        for place, label in zip(table.places, labels[name], strict=True):
-            if type(label) not in (int, str) or label == "":
-                shown = "null" if label is None else "nothing" if label == "" else repr(label)
-                bad.append(f"{place}: {column!r} is an integer or a string; got {shown}.")
-                continue
-            first.setdefault(type(label), f"{label!r} ({place})")
-            if isinstance(label, int) and (label < 0 or (names is not None and label >= len(names))):
-                most = f" to {len(names) - 1}" if names else " or above"
-                bad.append(
-                    f"{place}: label {label} is out of range; an integer label is 0{most} (-1 often means unlabelled)."
-                )
-        problems += shorten(bad)
-    if len(first) > 1:
-        problems.append(
-            f"labels are all integers or all strings; {column!r} has {first[int]} and {first[str]}. Write all one way."
-        )
-    return labels, problems
+def _half_empty(table: Table, columns: list[str]) -> list[str]:
+    """A note of the pairs of which one text is empty: they can be learned, and may be a mistake."""
+    places = [
+        place
+        for place, row in zip(table.places, table.rows, strict=True)
+        if any(isinstance(row[column], str) and not row[column].strip() for column in columns)
+    ]
+    return [f"Pairs with one text empty: {len(places)}, the first at {places[0]}."] if places else []
 
 
-def _columns(table: Table, data: DataSettings, labels: list[int]) -> dict[str, list[Any]]:
+def _columns(table: Table, data: DataSettings, labels: Sequence[float]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {"text": [row[data.text] for row in table.rows]}
     if data.text_pair:
         columns["text_pair"] = [row[data.text_pair] for row in table.rows]
-    return columns | {"labels": labels}
-
-
-def _split(labels: list[int], fraction: float) -> tuple[list[int], list[int]]:
-    """Row numbers that stay and that are split off: `fraction` of each class, and at least one of each stays."""
-    rows_of: dict[int, list[int]] = defaultdict(list)
-    for row, label in enumerate(labels):
-        rows_of[label].append(row)
-    shuffle = random.Random(0)  # the split is part of the data: runs that differ in their seed alone share it
-    split_off: set[int] = set()
-    for label in sorted(rows_of):
-        rows = rows_of[label]
-        split_off.update(shuffle.sample(rows, min(round(fraction * len(rows)), len(rows) - 1)))
-    return [row for row in range(len(labels)) if row not in split_off], sorted(split_off)
+    return columns | {"labels": list(labels)}
 
 
 def _not_loaded(settings: ModelSettings, error: Exception) -> str:

@@ -360,3 +360,14 @@ def test_slices_that_no_gradient_reaches_are_named():
         SliceFineWarning, match="No gradient has reached 1 of 2 slices before the first step of SGD: positions"
     ):
         optimizer.step()
+
+
+def test_transformers_own_loader_brings_slices_of_experts(tmp_path):
+    case = Case("mixtral-grouped_mm")
+    case.base().save_pretrained(tmp_path / "base")
+    base, other = (MixtralForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32) for _ in range(2))
+    model = case.fit(case.adapted(base), 5).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    other.load_adapter(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert torch.equal(case.outputs(other.eval()), case.outputs(model))

@@ -6,11 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from tiny import differences, llama, tokens, trainable
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning, active_slices, parameter_counts, touched_slices
@@ -46,6 +54,46 @@ class Embeddings(nn.Module):
 
     def forward(self, ids):
         return self.out((self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))).tanh())
+
+
+class OwnLinear(nn.Linear):
+    """As FalconLinear."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class OwnEmbedding(nn.Embedding):
+    """As Gemma's."""
+
+    def forward(self, ids):
+        return super().forward(ids) * 3
+
+
+class OwnForwards(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens = OwnEmbedding(20, 8, padding_idx=3)
+        self.a, self.b = OwnLinear(8, 6), OwnLinear(6, 5, bias=False)
+
+    def forward(self, ids):
+        return self.b(self.a(self.tokens(ids)).tanh())
+
+
+class InPlace(nn.Module):
+    """Layers whose output is written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c, self.b = nn.Linear(6, 6), nn.Conv1d(6, 6, 1), nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        x = torch.relu_(self.a(x))
+        x = torch.relu_(self.c(x.mT)).mT.contiguous()
+        y = self.b(x)
+        y += 1
+        return y
 
 
 class Readers(nn.Module):
@@ -93,6 +141,8 @@ CASES = {
     ),
     "embeddings": (Embeddings, {"ids": 20}, {"target_modules": ["tokens", "positions"]}),
     "readers": (Readers, {"x": (2, 5, 6)}, {"target_modules": ["a", "b", "c", "d", "e", "kernel"]}),
+    "own forwards": (OwnForwards, {"ids": 20}, {"target_modules": ["tokens", "a", "b"]}),
+    "in place": (InPlace, {"x": (2, 5, 6)}, {"target_modules": ["a", "b", "c"]}),
     "router": (
         lambda: mixtral("eager"),
         {"input_ids": 40},
@@ -156,7 +206,7 @@ def test_the_gradient_is_that_of_the_slice(case, axis):
     case.loss(model).backward()
     case.loss(dense).backward()
     for name, layer, adapter in tuned(model):
-        stored = dict(dense.named_parameters())[name if name.endswith(layer.parameter) else f"{name}.weight"]
+        stored = dict(dense.named_parameters())[f"{name}.weight" if layer.place.is_layer else name]
         piece = active_slices(model)[name]
         expected = vectors(layer.place.oriented(stored.grad), piece.axis)[piece.start : piece.stop]
         gradient = layer.slicefine_weight[adapter].grad
@@ -245,7 +295,9 @@ def test_experts_never_have_a_gradient_of_the_whole(make, implementation, monkey
 
 # dynamo makes an instance of every autograd function that it traces, and torch warns of that
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["convolutions", "embeddings", "readers", "mixtral-grouped_mm"])
+@pytest.mark.parametrize(
+    "name", ["convolutions", "embeddings", "readers", "own forwards", "in place", "mixtral-grouped_mm"]
+)
 def test_one_graph_over_three_positions(name):
     torch._dynamo.reset()
     case, counter = Case(name), CompileCounterWithBackend("aot_eager")
@@ -294,6 +346,10 @@ def test_a_backward_pass_that_meets_other_values_is_refused():
         ({"target_parameters": ["input_layernorm.weight"]}, [r"shape \(16,\)", "are matrices"]),
         ({"target_parameters": "mlp.experts.down_proj"}, ["a list of names"]),
         ({"target_parameters": None}, ["names the layers to train"]),
+        (
+            {"r": 20, "axis": "row", "target_parameters": ["mlp.gate.weight"]},
+            [r"model.layers.0.mlp.gate.weight", "r=20"],
+        ),
     ],
 )
 def test_parameters_that_cannot_hold_slices(settings, words):
@@ -312,6 +368,23 @@ def test_adapters_of_one_model_have_the_same_parameters():
 def test_experts_of_some_blocks():
     model = get_peft_model(mixtral("eager"), SliceFineConfig(**EXPERTS, layers_to_transform=[1]))
     assert list(active_slices(model)) == [f"model.layers.1.mlp.experts.{name}_proj" for name in ("down", "gate_up")]
+
+
+def test_what_the_base_layer_has_is_found_at_the_layer():
+    model = get_peft_model(Convolutions(), SliceFineConfig(r=1, target_modules=["image"]))
+    layer = model.base_model.model.image
+    assert (layer.stride, layer.padding) == ((1, 1), "same")
+    with pytest.raises(AttributeError, match="'Conv2d' object has no attribute 'colour'"):
+        layer.colour  # noqa: B018 -- asking is the test
+
+
+def test_a_layer_whose_name_ends_as_that_of_a_head():
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=40, dim=16, hidden_dim=24, n_layers=1, n_heads=2, max_position_embeddings=32)
+    model = get_peft_model(DistilBertForSequenceClassification(config), SliceFineConfig(r=2, task_type="SEQ_CLS"))
+    heads = {n for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    assert {name.rpartition(".")[2] for name in heads} == {"pre_classifier", "classifier"}
+    assert len(active_slices(model)) == 6
 
 
 def test_wrong_calls_of_embeddings_and_convolutions():
@@ -344,7 +417,7 @@ def fit_lm(model, steps):
 
 
 def test_experts_are_not_left_out_without_a_word():
-    with pytest.warns(SliceFineWarning, match=r"of the model are matrices of experts .*'experts.down_proj'"):
+    with pytest.warns(SliceFineWarning, match=r"of the model are parameters of three dimensions .*'experts.down_proj'"):
         get_peft_model(mixtral("eager"), SliceFineConfig())
 
 

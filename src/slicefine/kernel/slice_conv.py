@@ -80,7 +80,8 @@ class _SliceConv(torch.autograd.Function):
         if w_OJK is not None:
             # Of the input only shape and layout count here.
             shape, strides = ctx.input_layout
-            x = torch.empty_strided(shape, strides, dtype=g.dtype, device=g.device)
+            whole = kept is not None and kept.shape == shape
+            x = kept if whole else torch.empty_strided(shape, strides, dtype=g.dtype, device=g.device)
             dx = _backward(g, x, w_OJK, geometry, (True, False, False))[0]
         if kept is not None:
             gradient = _of_rows if ctx.by_row else _of_columns
@@ -146,11 +147,12 @@ def _own_gradient(g, x, geometry) -> Tensor:
 
 
 def _channels(x_NIS: Tensor, index_R: Tensor) -> Tensor:
-    """The channels `index_R`, `(N, R, *S)`."""
+    """The channels `index_R`, `(N, R, *S)`, channels last if `x` is."""
     if _is_channels_last(x_NIS):
-        # Rows of the flat transpose: `index_select` along the last dimension is slow.
-        flat_IT = x_NIS.movedim(1, -1).flatten(0, -2).t()
-        return flat_IT[index_R].reshape(-1, x_NIS.shape[0], *x_NIS.shape[2:]).transpose(0, 1)
+        # Flat, and `gather`: `index_select` of this dimension runs on one thread, and far slower if not flat.
+        x_NSI = x_NIS.movedim(1, -1)
+        picked = x_NSI.flatten(0, -2).gather(1, index_R.expand(x_NSI[..., 0].numel(), -1))
+        return picked.reshape(*x_NSI.shape[:-1], -1).movedim(-1, 1)
     return x_NIS.index_select(1, index_R)
 
 
@@ -193,13 +195,14 @@ def _taps(x: Tensor, kernel, stride, dilation) -> Tensor:
 
 def _product(slice_RKNS: Tensor, other_NCS: Tensor, kernel) -> Tensor:
     """The sum over N and S, `(R, C, *kernel)`."""
+    # Which side comes first makes a third of the time or more, and the better one depends on the layout.
     if _is_channels_last(other_NCS):
-        d = slice_RKNS.flatten(1) @ other_NCS.movedim(1, -1).flatten(0, -2)
+        d_CRK = (slice_RKNS.flatten(1) @ other_NCS.movedim(1, -1).flatten(0, -2)).t()
     else:
-        # The sum of many products of one dtype is rounded once more, so it is taken in fp32.
-        products = slice_RKNS.transpose(0, 1) @ other_NCS.flatten(2).transpose(1, 2)
-        d = products.sum(0, dtype=torch.promote_types(products.dtype, torch.float32))
-    return d.unflatten(0, (-1, *kernel)).movedim(-1, 1)
+        # One product for every N; their sum is rounded once more, so it is taken in fp32.
+        d_NCRK = other_NCS.flatten(2) @ slice_RKNS.permute(1, 2, 0)
+        d_CRK = d_NCRK.sum(0, dtype=torch.promote_types(d_NCRK.dtype, torch.float32))
+    return d_CRK.unflatten(1, (-1, *kernel)).transpose(0, 1)
 
 
 def slice_conv(

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicefine.errors import SliceFineError
+from slicefine.kernel.shared import autocast, begin_backward, fitted
 from slicefine.slicing import ROW
 
 
@@ -49,18 +49,13 @@ class _SliceLinear(torch.autograd.Function):
             # Flat first: picking along the last of three dimensions is several times slower.
             kept = x if by_row else x.reshape(-1, x.shape[-1]).index_select(1, index_R)
         ctx.save_for_backward(w_OI if wants_x else None, kept, index_R)
-        return F.linear(x, w_OI, b_O)
+        y = F.linear(x, w_OI, b_O)
+        # The same memory, but no view: autograd forbids writing (`y += 1`, ReLU in place) into one that is made in here.
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Autograd itself notices only if `g` wants a gradient, and gives a silently wrong result otherwise.
-            raise SliceFineError(
-                "A slice has a first derivative only; this backward pass was asked to build a graph (create_graph=True). "
-                "Leave gradient penalties out, or train the layer with another method."
-            )
-        if ctx.check is not None:
-            ctx.check()
+        begin_backward(ctx.check)
         return _SliceLinear._gradients(ctx, g)
 
     @staticmethod
@@ -73,10 +68,7 @@ class _SliceLinear(torch.autograd.Function):
         if kept is not None:
             kept_T = kept.reshape(-1, kept.shape[-1])
             d_RL = g_TO.index_select(1, index_R).t() @ kept_T if ctx.by_row else kept_T.t() @ g_TO
-            shape, dtype = ctx.master_like
-            d_RL = d_RL.to(dtype)
-            width, length = d_RL.shape
-            d_master = d_RL if (width, length) == shape else F.pad(d_RL, (0, shape[1] - length, 0, shape[0] - width))
+            d_master = fitted(d_RL, *ctx.master_like)
         if ctx.needs_input_grad[4]:
             d_bias = g_TO.sum(0, dtype=ctx.bias_dtype)
         return dx, None, None, d_master, d_bias, None, None, None
@@ -108,14 +100,7 @@ def slice_linear(
     Returns:
         `(..., d_out)`, the same bits as `F.linear` gives, also under autocast.
     """
-    device = x.device.type
-    if (
-        not x.is_meta and torch.is_autocast_enabled(device) and x.dtype is not torch.float64
-    ):  # meta has no autocast to ask
-        # Cast here and not inside the function: backward runs outside of autocast and needs tensors of one dtype.
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    x, weight, bias = autocast(x, weight, bias)  # pyright: ignore[reportAssignmentType] -- what is given is not None
     return _SliceLinear.apply(x, weight, bias, master, bias_master, index, axis == ROW, check)  # pyright: ignore[reportReturnType] -- `apply` is untyped in torch
 
 

@@ -58,8 +58,13 @@ class Place(NamedTuple):
 
     @property
     def is_layer(self) -> bool:
-        """Whether it is the weight of a layer, which is trained by calling the layer."""
+        """Whether it is the weight of a layer."""
         return isinstance(self.module, BASE_LAYERS) and self.parameter == WEIGHT
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the module computes with the weight in a way of its own: it is trained where the module reads it."""
+        return not self.is_layer or all(type(self.module).forward is not base.forward for base in BASE_LAYERS)
 
     @property
     def turned(self) -> bool:

@@ -10,7 +10,6 @@ from slicefine.errors import SliceFineError
 from slicefine.slicing import ParameterCounts, Slice, active_size, touched_size
 from slicefine.tuner.artifact import PEFT_ROOT
 from slicefine.tuner.layer import SliceLayer
-from slicefine.tuner.parameter import SliceParameter
 from slicefine.tuner.targets import weight_name
 
 
@@ -121,4 +120,4 @@ def tuned(model: nn.Module) -> list[tuple[str, SliceLayer, str]]:
 
 def _target_name(path: str, layer: SliceLayer) -> str:
     name = path.removeprefix(PEFT_ROOT)
-    return weight_name(name, layer.place) if isinstance(layer, SliceParameter) else name
+    return name if layer.place.is_layer else weight_name(name, layer.place)

@@ -67,6 +67,15 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_post_hook(_settle_after_loading)
         sliding.watch(self)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the base layer has (`stride`, `embedding_dim`, ...): models ask the layer for it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("slicefine_"):  # those within have their own
+                raise
+            return getattr(self._modules["base_layer"], name)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies and unpickled layers are watched as well."""
         super().__setstate__(state)

@@ -19,10 +19,10 @@ from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, by_text, l
 from slicefine.slicing import ALTERNATE, SLICE_AXES, Region
 from slicefine.tuner import artifact, targets
 from slicefine.tuner.arrival import Arrival
-from slicefine.tuner.base_layers import LINEAR_LAYERS, Place, present_values, same_values
+from slicefine.tuner.base_layers import BASE_LAYERS, LINEAR_LAYERS, Place, present_values, same_values
 from slicefine.tuner.config import SliceFineConfig
 from slicefine.tuner.layer import SliceLayer, SliceLinear, layers_around
-from slicefine.tuner.parameter import SliceParameter
+from slicefine.tuner.parameter import SliceLinearParameter, SliceParameter
 from slicefine.tuner.seal import Seal
 
 MANY_EXPERTS = 0.1
@@ -64,10 +64,9 @@ class SliceFineModel(BaseTuner):
             else ""
         )
         raise_all(problems, f"Adapter {adapter_name!r}{of} cannot be attached")
-        if targets.names_all_linear(config) and config.layers_to_transform is not None:
-            config.target_modules = sorted(
-                name for name, place in found.items() if place.is_layer
-            )  # PEFT heeds the blocks only for layers that are given by suffix
+        if targets.names_all_linear(config) and (config.layers_to_transform is not None or config.modules_to_save):
+            # PEFT heeds the blocks only for layers that are given by suffix, and would slice what it is to train in full.
+            config.target_modules = sorted(name for name, place in found.items() if targets.base_place(place).is_layer)
         _warn_of_adjustments(config, found)
         _warn_of_experts(model, config)
         self.peft_config[adapter_name] = config
@@ -96,7 +95,7 @@ class SliceFineModel(BaseTuner):
                 layer = SliceParameter(target, name, parameter_name)
                 self._replace_module(parent, target_name, layer, target)
         elif not isinstance(layer, SliceLayer):
-            layer = (SliceLinear if isinstance(target, LINEAR_LAYERS) else SliceLayer)(target, current_key)
+            layer = _layer_class(target)(target, current_key)
             self._replace_module(parent, target_name, layer, target)
         layer.add(
             adapter_name,
@@ -300,6 +299,12 @@ class SliceFineModel(BaseTuner):
         return rest
 
 
+def _layer_class(base_layer: nn.Module) -> type[SliceLayer]:
+    if isinstance(base_layer, LINEAR_LAYERS):
+        return SliceLinearParameter if Place(base_layer).is_read else SliceLinear
+    return SliceParameter if Place(base_layer).is_read else SliceLayer
+
+
 def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, SliceLayer]:
     """The tuner layers of `model` by name; those that have `adapter_name`, if it is given."""
     return {
@@ -399,12 +404,15 @@ def _warn_of_experts(model: nn.Module, config: SliceFineConfig) -> None:
     """Most of a mixture of experts may be in parameters that are no layers, and so are not among all linear layers."""
     if not targets.names_all_linear(config) or config.target_parameters or config.seals is not None:
         return
-    experts = {name: p for name, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1}
+    of_layers = {id(p) for m in model.modules() if isinstance(m, BASE_LAYERS) for p in m.parameters()}
+    experts = {
+        n: p for n, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1 and id(p) not in of_layers
+    }
     share = sum(p.numel() for p in experts.values()) / max(1, sum(p.numel() for p in model.parameters()))
     if share > MANY_EXPERTS:
         names = sorted({".".join(name.split(".")[-2:]) for name in experts})
         warnings.warn(
-            f"{share:.0%} of the model are matrices of experts in parameters that are no layers ({listed(experts)}), so target_modules='all-linear' "
+            f"{share:.0%} of the model are parameters of three dimensions (of experts, say) that are no layers ({listed(experts)}), so target_modules='all-linear' "
             f"trains none of them. Train them with target_parameters={names!r}, or name the layers that are meant.",
             SliceFineWarning,
             stacklevel=3,

@@ -1,4 +1,5 @@
-"""A parameter that is no layer's weight, such as the matrices of all experts of a mixture in one."""
+"""Weights that are trained where they are read: parameters that are no layer's weight, such as the matrices of all experts of a
+mixture in one, and the weights of layers with a forward of their own."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from slicefine.tuner.layer import SliceLayer
-from slicefine.tuner.reading import read_weight
+from slicefine.tuner.reading import read_bias, read_weight
 
 
 class SliceParameter(SliceLayer):
-    """Stands around the module that has the parameter; where several are trained, one around the other.
+    """Stands around the module that has the parameter; where several of one module are trained, one around the other.
 
     While the module computes, it finds in the place of its parameter what trains the slice, see `reading.py`.
     """
@@ -37,9 +38,17 @@ class SliceParameter(SliceLayer):
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
+        read: dict[str, Tensor | None] = {self.parameter: read_weight(self)}
+        if self.installed in self.slicefine_bias:
+            read["bias"] = read_bias(self)
         attributes = vars(self.place.module)  # found before the parameters, which are not attributes in themselves
-        attributes[self.parameter] = read_weight(self)
+        attributes |= read
         try:
             yield
         finally:
-            del attributes[self.parameter]
+            for name in read:
+                del attributes[name]
+
+
+class SliceLinearParameter(SliceParameter):
+    """Around a linear layer. PEFT's "all-linear" knows such tuner layers by the name of their class."""

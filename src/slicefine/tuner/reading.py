@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicefine.kernel import slice_experts, slice_linear, vectors
+from slicefine.kernel import slice_embedding, slice_experts, slice_linear, vectors
 from slicefine.tuner import guards
 
 if TYPE_CHECKING:
@@ -133,6 +133,24 @@ def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None
     return _product(x, weight, bias)
 
 
+def _embedding(
+    ids: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    """`F.embedding`"""
+    if max_norm or scale_grad_by_freq or sparse:
+        return None
+    if not isinstance(weight, ReadWeight) or weight.turned or weight.dim() != 2 or weight.experts is not None:
+        return None
+    master, index, axis, check = _trained(weight.layer)
+    return slice_embedding(ids, weight.layer.matrix, master, index, axis, padding_idx, check)
+
+
 def _matmul(x: Any, weight: Any) -> Tensor | None:
     """`x @ weight`"""
     if not isinstance(weight, ReadWeight) or not weight.turned or weight.dim() != 2 or isinstance(x, ReadWeight):
@@ -208,6 +226,7 @@ _FALLBACK = "grouped_mm_fallback"
 
 _ROUTES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.linear: _linear,
+    F.embedding: _embedding,
     torch.matmul: _matmul,
     torch.mm: _matmul,
     Tensor.matmul: _matmul,

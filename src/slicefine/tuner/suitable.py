@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from slicefine.tuner.base_layers import BASE_LAYERS, BASE_LAYERS_IN_WORDS, WEIGHT, Place
+from slicefine.tuner.base_layers import BASE_LAYERS_IN_WORDS, WEIGHT, Place
 from slicefine.tuner.layer import SliceLayer
 
 LEAVE_OUT = "Leave it out with `exclude_modules`."
@@ -82,9 +82,8 @@ def _module_problem(module: nn.Module) -> str | None:
 
 
 def _layer_problem(module: nn.Module, parent: nn.Module | None, kind: str) -> str | None:
-    known = any(type(module).forward is base.forward for base in BASE_LAYERS)
-    if not known or hasattr(module, "parametrizations"):
-        return f"it is a {kind}, a layer with a way of its own to compute or store its weight. {LEAVE_OUT}"
+    if WEIGHT not in module._parameters:
+        return f"it is a {kind}, a layer with a way of its own to store its weight. {LEAVE_OUT}"
     if isinstance(parent, nn.MultiheadAttention):
         return f"torch.nn.MultiheadAttention reads its weight without calling the layer, so a slice would get no gradient. {LEAVE_OUT}"
     if isinstance(module, nn.Embedding):

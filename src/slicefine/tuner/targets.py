@@ -35,6 +35,11 @@ def find_targets(model: nn.Module, config: SliceFineConfig) -> dict[str, Place]:
         for name, module in _untuned_or_outermost(model)
         if expanded.target_modules and check_target_module_exists(expanded, name)
     }
+    if names_all_linear(config):
+        # PEFT trains in full whatever ends as a head is called: "pre_classifier" too (DistilBERT).
+        found = {
+            name: module for name, module in found.items() if not name.endswith(tuple(config.modules_to_save or ()))
+        }
     if names_all_linear(config) and config.layers_to_transform is not None:
         by_suffix = copy.deepcopy(config)
         by_suffix.target_modules = [name.rpartition(".")[2] for name in found]
@@ -124,7 +129,9 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
     if not names_all_linear(config) and config.seals is None:
         problems += by_text(
             {
-                name: f"r={config.r} is more than the {_narrowest(config, shape)} {_axis_names(config, shape)} of its weight of shape {shape}. "
+                weight_name(name, sound[name])
+                if name in parameters
+                else name: f"r={config.r} is more than the {_narrowest(config, shape)} {_axis_names(config, shape)} of its weight of shape {shape}. "
                 "Lower `r`, or leave the layer out."
                 for name, shape in clamped(sound, config).items()
             }
@@ -139,7 +146,7 @@ def clamped(targets: dict[str, Place], config: SliceFineConfig) -> dict[str, Sha
 
 
 def _narrowest(config: SliceFineConfig, shape: Shape) -> int:
-    return {ROW: shape[0], COLUMN: shape[1], ALTERNATE: min(shape)}[config.axis]
+    return {ROW: shape[0], COLUMN: shape[1], ALTERNATE: min(shape[:2])}[config.axis]
 
 
 def _axis_names(config: SliceFineConfig, shape: Shape) -> str:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 NAME = "train"
 HELP = "Fine-tune a model as a recipe says; every setting of the recipe can be given as a flag."
 
+MUCH_WAITING = 0.2
+"""Share of the time of all steps, from which on a hint is given."""
+
 
 def add(parser: ArgumentParser) -> None:
     """Add the verb's arguments."""
@@ -97,11 +100,14 @@ def summary(record: RunRecord, output: str) -> str:
         if name in record.metrics["after"]
     ]
     counts: Mapping[str, int | None] = record.parameters
+    waited = record.timings.get("data_wait_share", 0.0)
+    hint = f"{waited:.0%} of the time of steps was spent waiting for data: raise --training.dataloader_num_workers"
     return "\n".join(
         [
             *scores,
             f"{'parameters':<12} {counts['active']:,} active, {counts['touched']:,} touched, {counts['added']} added",
             f"{'steps':<12} {record.steps}, {record.moves} moves, {record.timings.get('train_seconds', 0):.1f} s",
+            *([f"{'waiting':<12} {hint}"] if waited > MUCH_WAITING else []),
             f"{'adapter':<12} {record.artifact_bytes or 0:,} bytes, {output}/adapter",
             f"{'next':<12} slicefine export {output} --as merged MODEL_FOLDER",
         ]

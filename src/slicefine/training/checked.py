@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,9 @@ class CheckedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._last_good = _LastGood()
         self.add_callback(self._last_good)
+        self.add_callback(_Epoch())
+        self.seconds_waited = 0.0
+        """Time in which training stood still until its next batches were there."""
 
     def trial_loss(self, batch: dict[str, Any]) -> Tensor:
         """The loss of a batch as a training step computes it, without counting it as one."""
@@ -46,6 +50,14 @@ class CheckedTrainer(Trainer):
     def own_problems(self) -> list[str]:
         """What is wrong with training such examples on such a model, beside what holds for all tasks; for the pre-flight."""
         return []
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the time is taken."""
+        began = time.perf_counter()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self.seconds_waited += time.perf_counter() - began
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's. Raises `NotFiniteError` that names step and layer, after a checkpoint of the step before."""
@@ -90,6 +102,21 @@ class _LastGood(TrainerCallback):
 
     def _remember(self, step: int) -> None:
         self._at, self.random_state = step, RandomState.now()
+
+
+class _Epoch(TrainerCallback):
+    """Tells a data set that wants to know it which epoch begins: in a resumed one, accelerate does not."""
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(state.epoch or 0))
 
 
 def all_finite(model: nn.Module, loss: Tensor) -> bool:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from slicefine.errors import SliceFineError, did_you_mean
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from slicefine.training.recipe import DataSettings
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -51,11 +53,16 @@ def read_table(source: str, columns: list[str] | None, *, subset: str | None = N
     path = Path(source)
     if path.suffix.lower() in SUFFIXES or path.exists():
         return _read_file(path, columns)
-    return _read_hub(source, columns, subset, split)
+    dataset = load_hub(source, columns, subset, split)
+    return hub_table(dataset, source, subset, split, dataset._fingerprint)
 
 
 def read_tables(data: DataSettings, columns: list[str] | None) -> dict[str, Table]:
     """`"train"`, and `"validation"` unless it is a fraction of train. Raises as `read_table`."""
+    if data.train is None:
+        raise SliceFineError(
+            "`data.train` says where the examples are; it is null. A data set by name needs a resolved recipe."
+        )
     tables = {"train": read_table(data.train, columns, subset=data.subset, split=data.train_split)}
     if isinstance(data.validation, str):
         is_split = not Path(data.train).exists() and Path(data.validation).suffix.lower() not in SUFFIXES
@@ -229,30 +236,34 @@ def _parquet(path: Path, columns: list[str] | None, problems: list[str]) -> Rows
         problems.append(f"{path}: not a complete Parquet file ({str(error).splitlines()[0]}).")
 
 
-def _read_hub(source: str, columns: list[str] | None, subset: str | None, split: str) -> Table:
+def load_hub(source: str, columns: list[str] | None, subset: str | None, split: str) -> Dataset:
+    """A split of a hub data set with `columns`, or with all that there are. Raises `SliceFineError` if there is none such."""
     import datasets
 
     try:
         dataset = datasets.load_dataset(source, subset, split=split)
     except (OSError, ValueError) as error:  # unreachable hub, unknown name, subset or split
         raise SliceFineError(
-            f"{source!r} is no file here (a data file ends in {', '.join(SUFFIXES)}), and as a data set of the hub "
-            f"(subset {subset!r}, split {split!r}) it did not load: {str(error).splitlines()[0]}"
+            f"{source!r} is no file here (a data file ends in {', '.join(SUFFIXES)}) and no folder, and as a data set of the "
+            f"hub (subset {subset!r}, split {split!r}) it did not load: {str(error).splitlines()[0]}"
         ) from error
     assert isinstance(dataset, datasets.Dataset)
     if missing := _missing(columns, dataset.column_names):
         raise SliceFineError(f"{source}, split {split}: {missing}")
-    if columns is not None:
-        dataset = dataset.select_columns(columns)
+    return dataset if columns is None else dataset.select_columns(columns)
+
+
+def hub_table(dataset: Dataset, source: str, subset: str | None, split: str, fingerprint: str) -> Table:
+    """All of a hub data set as rows."""
+    from datasets import ClassLabel
+
     return Table(
         source=source if subset is None else f"{source} ({subset})",
-        fingerprint=dataset._fingerprint,
+        fingerprint=fingerprint,
         rows=dataset.to_list(),
         places=[f"{source}, split {split}, row {number}" for number in range(1, len(dataset) + 1)],
         typed=True,
-        class_names={
-            name: kind.names for name, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)
-        },
+        class_names={name: kind.names for name, kind in dataset.features.items() if isinstance(kind, ClassLabel)},
     )
 
 

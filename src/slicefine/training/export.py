@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from slicefine.errors import SliceFineError, SliceFineWarning, did_you_mean, raise_all
@@ -28,6 +28,9 @@ KINDS = {
     "lora": "a PEFT LoRA adapter that is the slices exactly",
     "slices": "the slicefine adapter alone",
 }
+TOKENS_IN_FILE, PIXELS_IN_FILE = "tokenizer_config.json", "preprocessor_config.json"
+PROCESSORS: dict[str, Any] = {TOKENS_IN_FILE: AutoTokenizer, PIXELS_IN_FILE: AutoImageProcessor}
+"""The file by which it is known -> what loads it."""
 COPIED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "config.json", GENERATION_CONFIG_NAME, "README.md")
 
 
@@ -68,9 +71,9 @@ def export(
             _write_slices(adapter, folder, trust_remote_code=trust_remote_code)
         return Path(out)
     source = open_source(adapter, settings, trust_remote_code=trust_remote_code)
-    if verify and source.skeleton.main_input_name != "input_ids":
+    if verify and source.skeleton.main_input_name not in (export_check.TOKENS_IN, export_check.PIXELS_IN):
         raise SliceFineError(
-            f"Exports of models that take tokens can be compared with the trained model; {type(source.skeleton).__name__} takes "
+            f"Exports of models that take tokens or pixels can be compared with the trained model; {type(source.skeleton).__name__} takes "
             f"{source.skeleton.main_input_name}. Export it with --no_verify."
         )
     if kind == "merged":
@@ -94,7 +97,7 @@ def _merged(source: Source, place: Path, verify: bool, say: Callable[[str], None
         generation = source.find(GENERATION_CONFIG_NAME)
         if generation and source.skeleton.can_generate():
             shutil.copyfile(generation, folder / GENERATION_CONFIG_NAME)
-        _write_tokenizer(source, folder)
+        _write_processor(source, folder)
         if verify:
             export_check.verify(source, folder)
             say("The logits of the exported model are those of the trained one, bit by bit")
@@ -109,7 +112,7 @@ def _lora(source: Source, place: Path, verify: bool, drop: bool, say: Callable[[
     export_lora.say_ranks(source, found, say, drop=drop)
     with _all_or_nothing(place) as folder:
         export_lora.write(source, found, folder, drop=drop)
-        _write_tokenizer(source, folder)
+        _write_processor(source, folder)
         if verify:
             export_lora.verify(source, folder, say)
 
@@ -118,33 +121,39 @@ def _write_slices(adapter: Path, folder: Path, *, trust_remote_code: bool) -> No
     for name in COPIED:
         if (adapter / name).is_file():
             shutil.copyfile(adapter / name, folder / name)
-    if (adapter / "tokenizer_config.json").is_file():
-        _copy_tokenizer(adapter, folder, trust_remote_code=trust_remote_code)
+    for name, loader in PROCESSORS.items():
+        if (adapter / name).is_file():
+            _copy_processor(loader, adapter, folder, trust_remote_code=trust_remote_code)
     Trained(folder)
 
 
-def _write_tokenizer(source: Source, folder: Path) -> None:
-    found = source.find("tokenizer_config.json")
+def _write_processor(source: Source, folder: Path) -> None:
+    """What makes the model's inputs: its tokenizer, or its image processor."""
+    name = PIXELS_IN_FILE if source.skeleton.main_input_name == export_check.PIXELS_IN else TOKENS_IN_FILE
+    found = source.find(name)
     if found is None:
+        what = "image processor" if name == PIXELS_IN_FILE else "tokenizer"
         warnings.warn(
-            f"There is no tokenizer beside the adapter in {source.trained.folder} or with its base model {source.name!r}; the export has none.",
+            f"There is no {what} beside the adapter in {source.trained.folder} or with its base model {source.name!r}; the export has none.",
             SliceFineWarning,
             stacklevel=4,
         )
         return
-    _copy_tokenizer(found.parent, folder, **source.trust)
+    _copy_processor(PROCESSORS[name], found.parent, folder, **source.trust)
 
 
-def _copy_tokenizer(place: Path, folder: Path, *, trust_remote_code: bool) -> None:
+def _copy_processor(loader: Any, place: Path, folder: Path, *, trust_remote_code: bool) -> None:
+    settings = {"backend": "pil"} if loader is AutoImageProcessor else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        processor = loader.from_pretrained(place, trust_remote_code=trust_remote_code, **settings)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         raise SliceFineError(
-            f"The tokenizer in {place} comes with code of its own, which is not run unasked. Read it, then allow it with --trust_remote_code."
+            f"The {'image processor' if settings else 'tokenizer'} in {place} comes with code of its own, which is not run unasked. Read it, then "
+            "allow it with --trust_remote_code."
         ) from error
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _warn_of_loading(source: Source) -> None:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from slicefine.errors import SliceFineError
 from slicefine.training.export_source import Source
 
+TOKENS_IN, PIXELS_IN = "input_ids", "pixel_values"
 TOKENS = 16
+SIDE = 224
+"""Height and width of images for models whose configuration names no size: they take any."""
 
 
 def verify(source: Source, folder: Path) -> None:
@@ -35,18 +38,33 @@ def verify(source: Source, folder: Path) -> None:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    """The logits, or the first output, for a fixed batch of random tokens."""
+    """The logits, or the first output, for a fixed batch of random tokens, images or clips."""
     _align(model)
-    config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
+    inputs = _tokens(model, generator) if model.main_input_name == TOKENS_IN else _pixels(model, generator)
+    output = model.eval()(**inputs)
+    return output["logits"] if "logits" in output else output[0]
+
+
+def _tokens(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    config = model.config.get_text_config()
     # Decoders that classify need a padding token to take more than one text.
     size = 1 if config.pad_token_id is None else 2, min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
     tokens = torch.randint(0, config.vocab_size, size, generator=generator)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
-    output = model.eval()(**inputs)
-    return output["logits"] if "logits" in output else output[0]
+    return inputs
+
+
+def _pixels(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """`(2, channels, height, width)`, or `(2, frames, channels, height, width)` for models of clips, in the dtype of the model."""
+    config = getattr(model.config, "vision_config", model.config)
+    side = getattr(config, "image_size", None) or SIDE
+    height, width = (side, side) if isinstance(side, int) else side[-2:]
+    frames = [config.num_frames] if getattr(config, "num_frames", None) else []
+    pixels = torch.randn(2, *frames, config.num_channels, height, width, generator=generator)
+    return {PIXELS_IN: pixels.to(model.dtype)}
 
 
 def _align(model: nn.Module) -> None:

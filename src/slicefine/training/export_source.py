@@ -7,6 +7,7 @@ the base's files are brought to those by the functions with which transformers l
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoModelForVideoClassification,
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -57,6 +60,11 @@ CLASSES: dict[str, Any] = {
     "FEATURE_EXTRACTION": AutoModel,
 }
 """PEFT's `task_type` -> the class that loads the model."""
+UNNAMED: dict[str, Any] = {
+    "ForImageClassification": AutoModelForImageClassification,
+    "ForVideoClassification": AutoModelForVideoClassification,
+}
+"""The same for tasks that PEFT has no name for: how the name of the model's class ends, in its `config.json`."""
 PIECE = 2**25
 """Bytes that are read at a time where a tensor is only copied."""
 
@@ -229,7 +237,9 @@ class Source:
                 config=self.model_config,
                 dtype=self.dtype,
                 revision=self.revision or "main",
-                ignore_mismatched_sizes=bool(self.trained.heads),  # a head of another size was replaced by a trained one
+                ignore_mismatched_sizes=bool(
+                    self.trained.heads
+                ),  # a head of another size was replaced by a trained one
                 **self.trust,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -279,11 +289,7 @@ def open_source(adapter: Path, settings: dict[str, Any], *, trust_remote_code: b
 
     Raises `SliceFineError` for a damaged adapter, a base that is not there, or one with other layers.
     """
-    task_type, name = settings.get("task_type"), settings.get("base_model_name_or_path")
-    if task_type not in CLASSES:
-        raise SliceFineError(
-            f"Adapters with a task_type of {', '.join(CLASSES)} can be exported; {adapter / 'adapter_config.json'} has {task_type!r}."
-        )
+    name, model_class = settings.get("base_model_name_or_path"), _model_class(adapter, settings.get("task_type"))
     trained = Trained(adapter)
     trust = {"trust_remote_code": trust_remote_code}  # without a word, transformers would ask on the terminal
     revision = settings.get("revision")
@@ -291,7 +297,7 @@ def open_source(adapter: Path, settings: dict[str, Any], *, trust_remote_code: b
         config = AutoConfig.from_pretrained(adapter, **trust)
         dtype = getattr(torch, str(config.dtype or next(iter(trained.seals.values())).dtype).removeprefix("torch."))
         with torch.device("meta"):
-            skeleton = CLASSES[task_type].from_config(config, dtype=dtype, **trust)
+            skeleton = model_class.from_config(config, dtype=dtype, **trust)
         _keep_wide(skeleton, dtype)
         found = _safetensors_of(name, config, revision)
         files = BaseFiles(found, skeleton) if found else None
@@ -313,8 +319,20 @@ def open_source(adapter: Path, settings: dict[str, Any], *, trust_remote_code: b
         absent = [target for target in trained.seals if weight_name(target, places[target]) not in files.key_of]
         if absent:
             files, why_not = None, f"{absent[0]} has no tensor of its own in its files"
-    return Source(
-        trained, str(name), CLASSES[task_type], config, dtype, skeleton, places, files, why_not, trust, revision
+    return Source(trained, str(name), model_class, config, dtype, skeleton, places, files, why_not, trust, revision)
+
+
+def _model_class(adapter: Path, task_type: str | None) -> Any:
+    """The class that loads the model. Raises `SliceFineError` if neither its task nor its class is one that is known."""
+    if task_type in CLASSES:
+        return CLASSES[task_type]
+    named = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8")).get("architectures") or [""]
+    ending = next((ending for ending in UNNAMED if named[0].endswith(ending)), None)
+    if task_type is None and ending:
+        return UNNAMED[ending]
+    raise SliceFineError(
+        f"Adapters with a task_type of {', '.join(CLASSES)} can be exported, and classifiers of images and clips; "
+        f"{adapter / 'adapter_config.json'} has {task_type!r}, and `architectures` in config.json is {named}."
     )
 
 

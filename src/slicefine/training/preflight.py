@@ -50,7 +50,7 @@ def _batch_problems(trainer: CheckedTrainer, batch: dict[str, Tensor]) -> list[s
     model: Any = trainer.model
     problems = []
     tokens, labels = batch.get("input_ids"), batch["labels"]
-    embedding = model.get_input_embeddings()
+    embedding = None if tokens is None else model.get_input_embeddings()  # models of images may have none
     if tokens is not None and isinstance(embedding, nn.Embedding) and int(tokens.max()) >= embedding.num_embeddings:
         problems.append(
             f"token {int(tokens.max())} is out of range; the model knows {embedding.num_embeddings} tokens. The tokenizer is "

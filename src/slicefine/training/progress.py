@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import statistics
 import sys
@@ -70,12 +71,14 @@ class StepTimer(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self._started)
 
-    def summary(self) -> dict[str, float]:
+    def summary(self, waited: float) -> dict[str, float]:
+        """Times for the record. `waited`: seconds, outside of these steps, in which they stood still for want of data."""
         if not self.seconds:
             return {}
         return {
             "step_seconds_mean": round(statistics.fmean(self.seconds), 6),
             "step_seconds_median": round(statistics.median(self.seconds), 6),
+            "data_wait_share": round(waited / (waited + sum(self.seconds)), 4),
         }
 
 
@@ -83,6 +86,9 @@ class Interrupt(TrainerCallback):
     """Ctrl-C, or the SIGTERM of a scheduler, ends the run after the step at hand, with a checkpoint; a second one at once."""
 
     asked = False
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -99,6 +105,11 @@ class Interrupt(TrainerCallback):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a process that prepares batches has inherited this handler
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         self.asked = True
         for again in (signal.SIGINT, signal.SIGTERM):
             signal.signal(again, signal.default_int_handler)

@@ -55,10 +55,11 @@ class RunRecord:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Scores of the validation set `before` and `after` training."""
     timings: dict[str, float] = field(default_factory=dict)
-    """`train_seconds` (all sessions, validation and checkpoints included); `step_seconds_mean`, `step_seconds_median`
-    (last session; forward, backward and update alone)."""
+    """`train_seconds` (all sessions, validation and checkpoints included); of the last session `step_seconds_mean`,
+    `step_seconds_median` (forward, backward and update alone) and `data_wait_share`, the part of the time of all steps, 0
+    to 1, in which they waited for their batches."""
     artifact_bytes: int | None = None
-    """Size of the adapter: weights and configuration, without the tokenizer."""
+    """Size of the adapter: weights and configuration, without the tokenizer or processor."""
 
     def write(self, folder: Path) -> None:
         """Write `record.json` into `folder`, all or nothing."""

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import get_peft_model
+from peft import TaskType, get_peft_model
 from peft.peft_model import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
@@ -144,7 +144,7 @@ def _trainer(
             args=arguments,
             train_dataset=prepared.train,
             eval_dataset=prepared.validation,
-            processing_class=prepared.tokenizer,
+            processing_class=prepared.processor,
             data_collator=prepared.collator,
             compute_metrics=prepared.compute_metrics,
             callbacks=callbacks,
@@ -178,7 +178,7 @@ def _run(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         seconds = seconds_before + time.perf_counter() - began
-        record.timings = {"train_seconds": round(seconds, 3), **timer.summary()}
+        record.timings = {"train_seconds": round(seconds, 3), **timer.summary(trainer.seconds_waited)}
         record.steps = trainer.state.global_step
         record.moves = recipe.slice_schedule.moves(max(record.steps - 1, 0))  # one after the last step trains nothing
         record.parameters = dataclasses.asdict(parameter_counts(model, record.planned_steps))
@@ -224,7 +224,8 @@ def _slice_config(recipe: Recipe) -> SliceFineConfig:
 
 def _attach(prepared: Prepared, config: SliceFineConfig, task: Task) -> PeftModel:
     """Put slices into the model; new layers, which have no pretrained weight to slice, are trained in full."""
-    covered = {*SEQ_CLS_HEAD_NAMES, *(config.modules_to_save or [])}
+    by_peft = SEQ_CLS_HEAD_NAMES if task.PEFT_TASK_TYPE == TaskType.SEQ_CLS else []
+    covered = {*by_peft, *(config.modules_to_save or [])}
     new = [name for name in prepared.new_modules if not covered & set(name.split("."))]
     if new:
         config.modules_to_save = [*(config.modules_to_save or []), *new]
@@ -286,9 +287,10 @@ def _save_adapter(model: PeftModel, prepared: Prepared, folder: Path) -> int:
     try:
         model.save_pretrained(str(temporary))
         size = sum(file.stat().st_size for file in temporary.glob("adapter_*"))
-        # With the model's configuration (classes, dtype) beside it, the adapter can be loaded without the run.
+        # With the model's configuration (class, labels, dtype) beside it, the adapter can be loaded without the run.
+        prepared.model.config.architectures = [type(prepared.model).__name__]
         prepared.model.config.save_pretrained(temporary)
-        prepared.tokenizer.save_pretrained(temporary)
+        prepared.processor.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:

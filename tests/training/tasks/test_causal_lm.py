@@ -69,7 +69,7 @@ def refusal(settings: dict[str, Any], rows: list[Any] | str, **changed: Any) -> 
 
 
 def learned(made: Prepared, row: int = 0) -> str:
-    return made.tokenizer.decode([label for label in made.train[row]["labels"] if label != IGNORED])
+    return made.processor.decode([label for label in made.train[row]["labels"] if label != IGNORED])
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_the_completion_and_the_end_token_are_learned(
     lm_settings: dict[str, Any], row: dict[str, Any], text: str, wanted: str
 ) -> None:
     made = prepared(lm_settings, [row])
-    assert made.tokenizer.decode(made.train[0]["input_ids"]) == f"<s>{text}</s>"
+    assert made.processor.decode(made.train[0]["input_ids"]) == f"<s>{text}</s>"
     assert learned(made) == wanted
     assert len(made.train[0]["labels"]) == len(made.train[0]["input_ids"])
 
@@ -118,7 +118,7 @@ def test_the_assistant_is_learned(
     lm_settings: dict[str, Any], chat_folder: Callable[[str], str], template: str, wanted: str, note: str
 ) -> None:
     made = prepared(lm_settings, [{"messages": TALK}], model__name=chat_folder(template))
-    assert made.tokenizer.decode(made.train[0]["input_ids"]) == "<user>one|<assistant>two|<user>three|<assistant>four|"
+    assert made.processor.decode(made.train[0]["input_ids"]) == "<user>one|<assistant>two|<user>three|<assistant>four|"
     assert learned(made) == wanted
     assert any(note in said for said in made.notes)
 
@@ -550,7 +550,7 @@ def test_there_is_one_end_token(
 
 def test_no_pad_token(lm_settings: dict[str, Any]) -> None:
     made = prepared(lm_settings, [{"text": "a"}])
-    assert made.tokenizer.pad_token == "</s>"
+    assert made.processor.pad_token == "</s>"
     assert made.notes == ["The tokenizer has no pad token; '</s>' is used, and ignored by attention and loss."]
     assert made.train[0]["labels"][-1] == 1  # the end is learned all the same
 
@@ -566,7 +566,7 @@ def test_no_end_token_at_all(lm_settings: dict[str, Any], without: Callable[...,
     made = prepared(lm_settings, [{"prompt": "a", "completion": "b"}], model__name=folder)
     assert learned(made) == "b"
     assert any("will write until it is stopped" in note for note in made.notes)
-    assert made.tokenizer.pad_token is not None
+    assert made.processor.pad_token is not None
     assert (
         train(
             Recipe.from_flat(lm_settings | {"model.name": folder, "training.max_steps": 2, "slice.slide_every": 1})

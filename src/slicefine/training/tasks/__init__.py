@@ -1,7 +1,8 @@
 """Tasks by name, one module each.
 
-To add a task, write its module with what `Task` asks for and name it in `TASKS`. Modules are imported when a run needs
-them, so that names can be checked without torch.
+To add a task, write its module with what `Task` asks for and name it in `TASKS`, and in `STAND_INS` the module by which a
+smoke test makes tiny models and a few examples of the kind. Modules are imported when a run needs them, so that names can
+be checked without torch.
 """
 
 from __future__ import annotations
@@ -11,18 +12,35 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from slicefine.training.extras import require_task
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import (
+        BaseImageProcessor,
+        BaseVideoProcessor,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainingArguments,
+    )
 
     from slicefine.training.checked import CheckedTrainer
+    from slicefine.training.media import MediaDataset
     from slicefine.training.recipe import DataSettings, Recipe
 
 TASKS = {
     "text-classification": "slicefine.training.tasks.text_classification",
+    "image-classification": "slicefine.training.tasks.image_classification",
+    "video-classification": "slicefine.training.tasks.video_classification",
     "causal-lm": "slicefine.training.tasks.causal_lm",
+}
+STAND_INS = {
+    "text-classification": "slicefine.training.smoke_text",
+    "causal-lm": "slicefine.training.smoke_text",
+    "image-classification": "slicefine.training.smoke_media",
+    "video-classification": "slicefine.training.smoke_media",
 }
 
 
@@ -32,11 +50,11 @@ class Prepared:
 
     model: PreTrainedModel
     """The pretrained model, with new layers where the task needs them."""
-    tokenizer: PreTrainedTokenizerBase
-    """Saved beside the adapter."""
-    train: Dataset
+    processor: PreTrainedTokenizerBase | BaseImageProcessor | BaseVideoProcessor
+    """What makes inputs of the model from texts, images or clips; saved beside the adapter."""
+    train: Dataset | MediaDataset
     """Training examples, ready for `collator`."""
-    validation: Dataset
+    validation: Dataset | MediaDataset
     """Validation examples, ready for `collator`."""
     collator: Callable[..., Any] | None
     """Makes a batch of examples; None = as the trainer of the task does."""
@@ -51,8 +69,8 @@ class Prepared:
 class Task(Protocol):
     """What the module of a task offers."""
 
-    PEFT_TASK_TYPE: str
-    """PEFT's name of the task; it decides the class of the PEFT model."""
+    PEFT_TASK_TYPE: str | None
+    """PEFT's name of the task; it decides the class of the PEFT model. None where PEFT has no name."""
     TRAINER: type[CheckedTrainer]
     PRETRAINED: Any
     """The class of transformers that makes a model with all pretrained weights and no new layer."""
@@ -69,7 +87,7 @@ class Task(Protocol):
         """
 
     def prepare(self, recipe: Recipe, examples: Any) -> Prepared:
-        """Load tokenizer and model, and make the examples ready for them."""
+        """Load processor and model, and make the examples ready for them."""
         ...
 
     def load_base(self, name: str, folder: Path) -> PreTrainedModel:
@@ -77,6 +95,32 @@ class Task(Protocol):
         ...
 
 
+class StandIns(Protocol):
+    """What a smoke test takes in place of the real examples and the real model."""
+
+    def write_some(self, data: DataSettings, examples: Any, count: int, folder: Path) -> dict[str, Any]:
+        """Write up to `count` examples of each set into `folder`, as `train.jsonl` and perhaps `validation.jsonl`.
+
+        `examples` are those that the task has read from `data`. Returns the settings that say where the written ones are.
+        """
+        ...
+
+    def load_processor(self, name: str) -> Any:
+        """The processor of the model `name`. Raises OSError or ValueError if it cannot be had."""
+
+    def make_processor(self, config: Any, folder: Path) -> Any:
+        """A processor for models with the configuration `config` and the examples in `folder`."""
+
+    def shrink(self, config: Any, processor: Any) -> Any:
+        """A configuration of the same kind as `config` with few and small layers, that fits `processor`, or that it is made to fit."""
+
+
 def get_task(name: str) -> Task:
-    """The task called `name`, a key of `TASKS`."""
+    """The task called `name`, a key of `TASKS`. Raises `SliceFineError` if a package that it needs is not installed."""
+    require_task(name)
     return cast(Task, import_module(TASKS[name]))
+
+
+def get_stand_ins(task: str) -> StandIns:
+    """What a smoke test of `task` takes."""
+    return cast(StandIns, import_module(STAND_INS[task]))

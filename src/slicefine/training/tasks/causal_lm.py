@@ -30,7 +30,7 @@ from transformers import (
 )
 from trl import SFTConfig, pack_dataset
 
-from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
+from slicefine.errors import SliceFineError, SliceFineWarning, listed, raise_all
 from slicefine.training.data import Table, read_tables, shorten
 from slicefine.training.preflight import IGNORED
 from slicefine.training.prompts import prompt
@@ -175,7 +175,7 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
         notes.append(note)
     return Prepared(
         model=model,
-        tokenizer=tokenizer,
+        processor=tokenizer,
         train=train,
         validation=sets["validation"],
         collator=None,
@@ -391,10 +391,9 @@ def _cut(examples: list[_Encoded], data: DataSettings, name: str) -> tuple[Datas
         kept["labels"].append(example.labels[:size])
     notes = []
     if lost:
-        more = f" and {len(lost) - SHOWN_PLACES} more" if len(lost) > SHOWN_PLACES else ""
         what = (
             f"{len(lost)} of {len(examples)} {name} examples have nothing to learn within `data.max_length` "
-            f"({data.max_length} tokens): {', '.join(lost[:SHOWN_PLACES])}{more}"
+            f"({data.max_length} tokens): {listed(lost, SHOWN_PLACES)}"
         )
         if data.fully_cut == "error" or len(lost) == len(examples):
             raise SliceFineError(f"Data: {what}. Raise `data.max_length`, or shorten these prompts.")

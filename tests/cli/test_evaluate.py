@@ -108,7 +108,7 @@ def test_an_interrupted_evaluation_exits_with_130(
     [
         (
             ["--suite", "comonsense"],
-            "`--suite` is one of commonsense, math; got 'comonsense'. Did you mean 'commonsense'?",
+            "`--suite` is one of commonsense, math, glue, vtab-image, video; got 'comonsense'. Did you mean 'commonsense'?",
         ),
         (["--tasks", "boolq,pica"], "got 'pica'. Did you mean 'piqa'?"),
         (["--limit", "0"], "`--limit` is at least 1; got 0."),
@@ -128,7 +128,7 @@ def test_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], flags:
 
 def test_what_is_missing(capsys: pytest.CaptureFixture[str], model: str) -> None:
     assert "MODEL is missing" in error_of(capsys, "evaluate", "--suite", "math")
-    assert "SUITE is missing" in error_of(capsys, "evaluate", model)
+    assert "`--suite` says what to score: commonsense, math, glue" in error_of(capsys, "evaluate", model)
 
 
 def test_training_examples_that_are_questions(
@@ -147,7 +147,7 @@ def test_help_shows_defaults_and_imports_no_torch(capsys: pytest.CaptureFixture[
     text = " ".join(capsys.readouterr().out.split())
     for shown in (
         "null = 32 for commonsense, 256 for math",
-        "Questions per forward pass (type: int, default: 32)",
+        "Questions, or examples, per forward pass (type: int, default: 32)",
         "1 = greedy",
     ):
         assert shown in text

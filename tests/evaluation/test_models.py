@@ -119,8 +119,8 @@ def test_what_cannot_be_evaluated(make_model: Callable[..., str], tmp_path: Path
         run,
         r"A finished run is evaluated; .*run has no adapter yet. Finish it with .slicefine train .*recipe\.yaml --resume",
     )
-    path.write_text(json.dumps(good | {"task_type": "SEQ_CLS"}))
-    says(adapter, r"language models \(task_type CAUSAL_LM\); .*adapter_config\.json has 'SEQ_CLS'")
+    path.write_text(json.dumps(good | {"task_type": "TOKEN_CLS"}))
+    says(adapter, r"\(task_type CAUSAL_LM, SEQ_CLS or null\); .*adapter_config\.json has 'TOKEN_CLS'")
     path.write_text(json.dumps(good | {"base_model_name_or_path": str(tmp_path / "gone")}))
     says(
         adapter,

@@ -31,8 +31,21 @@ def test_the_longest_answer_is_the_published_one_unless_given() -> None:
     [
         (
             {"suite": "comonsense"},
-            "`--suite` is one of commonsense, math; got 'comonsense'. Did you mean 'commonsense'?",
+            "`--suite` is one of commonsense, math, glue, vtab-image, video; got 'comonsense'. Did you mean 'commonsense'?",
         ),
+        ({"suite": "glu"}, "Did you mean 'glue'?"),
+        ({"suite": "glue", "tasks": ("sst",)}, "`--tasks` of the suite 'glue' are cola, sst2, mrpc"),
+        ({"suite": "glue", "tasks": ("pets",)}, "'pets' is in the suite 'vtab-image'."),
+        ({"suite": "glue", "tasks": ("boolq",)}, "'boolq' is in the suite 'commonsense'."),
+        ({"suite": "glue", "limit": 0}, "`--limit` is at least 1; got 0."),
+        ({"suite": "glue", "max_new_tokens": 3}, "`--max_new_tokens` says how answers are generated; classes are not."),
+        ({"suite": "video", "num_beams": 4}, "`--num_beams` says how answers are generated; classes are not."),
+        (
+            {"suite": None, "data": "d", "engine": "lm-eval"},
+            "`--engine` says how answers are generated; classes are not.",
+        ),
+        ({"suite": None}, "`--suite` says what to score: commonsense, math, glue, vtab-image, video;"),
+        ({"suite": None, "data": "d", "tasks": ("sst2",)}, "`--tasks` names tasks of a suite. Add --suite"),
         ({"tasks": ("bolq",)}, "got 'bolq'. Did you mean 'boolq'?"),
         ({"tasks": ("gsm8k",)}, "'gsm8k' is in the suite 'math'."),
         ({"limit": 0}, "`--limit` is at least 1; got 0."),
@@ -49,6 +62,12 @@ def test_what_is_refused(values: dict[str, Any], says: str) -> None:
 
 def test_all_problems_at_once() -> None:
     assert len(Settings(model="m", suite="maths", limit=0, batch_size=0).problems()) == 3
+    assert len(Settings(model="m", suite="glue", limit=0, num_beams=2, max_new_tokens=1).problems()) == 3
+
+
+def test_labelled_sets_in_the_order_of_the_paper() -> None:
+    assert Settings(model="m", suite="glue", tasks=("RTE", "cola", "rte")).chosen_sets == ("cola", "rte")
+    assert Settings(model="m", suite="glue").chosen_sets == ()
 
 
 def test_what_the_harness_has_no_use_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`slicefine evaluate RUN_OR_MODEL --suite commonsense|math`."""
+"""`slicefine evaluate RUN_OR_MODEL --suite commonsense|math|glue|vtab-image|video`, or `--data LABELLED`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from jsonargparse import ArgumentParser
 
 from slicefine.cli.quiet import quiet
 from slicefine.evaluation.settings import ENGINES, Settings
-from slicefine.evaluation.suites import SUITES
+from slicefine.evaluation.suites import LABELLED, NAMES, SUITES
 from slicefine.training.extras import require_train
 
 if TYPE_CHECKING:
-    from slicefine.evaluation.results import Results
+    from slicefine.evaluation.results import Outcome
 
 NAME = "evaluate"
-HELP = "Score a run, an adapter or a plain model on the commonsense or math suite, by the published protocol."
+HELP = (
+    "Score a run, an adapter or a plain model: answers of a language model by the published protocol, or a classifier."
+)
 
 
 def add(parser: ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.usage = (
-        "slicefine evaluate RUN_OR_MODEL --suite commonsense|math [--tasks TASK ...] [--data DIR] [--limit N] ..."
+        f"slicefine evaluate RUN_OR_MODEL --suite {'|'.join(NAMES)} [--tasks TASK ...] [--data DIR] [--limit N] ...\n"
+        "       slicefine evaluate RUN_OR_MODEL --data FILE_OR_FOLDER ..."
     )
-    tasks = "; ".join(f"{name}: {', '.join(task.name for task in suite.tasks)}" for name, suite in SUITES.items())
+    generated = {name: tuple(task.name for task in suite.tasks) for name, suite in SUITES.items()}
+    tasks = "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in {**generated, **LABELLED}.items())
     published = ", ".join(f"{suite.max_new_tokens} for {name}" for name, suite in SUITES.items())
     parser.add_argument(
         "model",
@@ -34,21 +38,41 @@ def add(parser: ArgumentParser) -> None:
         metavar="RUN_OR_MODEL",
         help="Run folder, adapter folder, model folder, or a model of the hub",
     )
-    parser.add_argument("--suite", type=str, required=True, help=f"What to score: {' or '.join(SUITES)}")
     parser.add_argument(
-        "--tasks", type=str, nargs="+", metavar="TASK", help=f"Tasks of the suite; null = all ({tasks})"
+        "--suite",
+        type=str,
+        help=f"What to score: {', '.join(SUITES)} for language models, {', '.join(LABELLED)} for classifiers; "
+        "null = the labelled examples of --data",
     )
     parser.add_argument(
-        "--data", type=str, metavar="DIR", help="Folder with <task>/test.jsonl or test.json; null = the hub"
+        "--tasks",
+        type=str,
+        nargs="+",
+        metavar="TASK",
+        help=f"Tasks of the suite; null = all, or for a classifier the one that it was trained for ({tasks})",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="First questions of each task; null = all")
+    parser.add_argument(
+        "--data",
+        type=str,
+        metavar="PATH",
+        help="Folder with a folder for each task, in it test.jsonl, validation.csv, ...; without --suite, a labelled file or a "
+        "folder of classes; null = the hub",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="First questions of each task, or of labelled examples so many, evenly spaced; null = all",
+    )
     parser.add_argument(
         "--output",
         type=str,
         metavar="DIR",
-        help="Folder of answers and results; null = evaluation/<suite> in the run",
+        help="Folder of answers and results; null = evaluation/<suite, or name of the data> in the run",
     )
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="Questions per forward pass")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="Questions, or examples, per forward pass"
+    )
     parser.add_argument(
         "--max_new_tokens", type=int, metavar="N", help=f"Longest answer, in tokens; null = {published}"
     )
@@ -60,10 +84,10 @@ def add(parser: ArgumentParser) -> None:
         type=str,
         nargs="+",
         metavar="FILE",
-        help="Training examples to look for test questions in; null = those of the run",
+        help="Training examples to look for those of the test sets in; null = those of the run",
     )
     parser.add_argument(
-        "--allow_contamination", action="store_true", help="Go on if training examples are test questions"
+        "--allow_contamination", action="store_true", help="Go on if training examples are in the test sets"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="Drop the answers there are, and do not go on with them"
@@ -97,10 +121,10 @@ def run(given: Any) -> int:
     return 130 if result.status == "interrupted" else 0
 
 
-def summary(result: Results) -> str:
+def summary(result: Outcome) -> str:
     """The table, and what to know of how it came about."""
     lines = [result.table()] if result.tasks else []
-    if result.engine == "generate":
+    if result.searched:
         checked = result.contamination["tasks"] if result.contamination else []
         unchecked = ", ".join(task for task in result.tasks if task not in checked)
         if unchecked:
@@ -108,14 +132,8 @@ def summary(result: Results) -> str:
             lines.append(f"contamination: not checked{tasks} (name the training examples with --train_data)")
     if result.contamination and result.contamination["rows"]:
         counts = ", ".join(f"{task} {count}" for task, count in result.contamination["questions"].items())
-        lines.append(f"contaminated: questions that the model was trained on: {counts}")
-    session = result.sessions[-1]
-    if "tokens_per_second" in session:
-        how = "greedy" if result.num_beams == 1 else f"{result.num_beams} beams"
-        lines.append(
-            f"{how}, at most {result.max_new_tokens} tokens; {session['answers']} answers in {session['seconds']:.1f} s, "
-            f"{session['tokens_per_second']:.0f} tokens/s"
-        )
+        lines.append(f"contaminated: {result.ASKED} that the model was trained on: {counts}")
+    lines += result.notes()
     if result.status == "interrupted":
         lines.append("Interrupted; finished answers are kept. The same command goes on.")
     return "\n".join(lines)

@@ -64,15 +64,15 @@ class Contamination:
     examples: list[str] = field(default_factory=list)
     """The first of them: `file:line -> task, row`."""
 
-    def refuse(self) -> None:
+    def refuse(self, asked: str = "questions that it is asked", called: str = "test questions") -> None:
         """Raise `SliceFineError` if anything was found."""
         if not self.rows:
             return
         counts = ", ".join(f"{task} {self.questions[task]}" for task in self.rows)
         shown = "\n".join(f"  {example}" for example in self.examples)
         raise SliceFineError(
-            f"The model was trained on questions that it is asked: {sum(self.rows.values())} training examples are test "
-            f"questions ({counts}).\n{shown}\nTrain without them, or accept it with --allow_contamination; the result "
+            f"The model was trained on {asked}: {sum(self.rows.values())} training examples are {called} "
+            f"({counts}).\n{shown}\nTrain without them, or accept it with --allow_contamination; the result "
             "will say so."
         )
 

@@ -43,7 +43,7 @@ def evaluate(settings: Settings, source: Source, folder: Path) -> Results:
         raise SliceFineError(f"{folder} has results already. {results.OTHER_FOLDER}")
     model = models.load_model(source, models.load_config(source))
     result = Results(
-        suite=settings.suite,
+        suite=settings.chosen_suite.name,
         engine=settings.engine,
         model=settings.model,
         base=source.base,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from slicefine.errors import SliceFineError, raise_all
 from slicefine.evaluation.answers import Answer
@@ -16,18 +16,20 @@ from slicefine.evaluation.suites import SUITES, Task
 from slicefine.training.record import write_atomically
 
 FILE = "results.json"
-# What the answers depend on. Batches may change: they do not decide an answer, up to rounding.
-DECIDES = ("suite", "engine", "weights", "dtype", "max_new_tokens", "num_beams")
 OTHER_FOLDER = "Start anew with --overwrite, or name another --output."
 
 
 @dataclass(kw_only=True)
-class Results:
-    """What is known of an evaluation; written when it begins and when it ends."""
+class Outcome:
+    """What is known of any evaluation; written when it begins and when it ends."""
+
+    DECIDES: ClassVar[tuple[str, ...]]
+    """What the answers depend on. Batches may change: they do not decide an answer, up to rounding."""
+    ASKED: ClassVar[str]
+    """What is asked, in the plural."""
 
     status: Literal["running", "finished", "interrupted", "failed"] = "running"
-    suite: str
-    engine: str
+    suite: str | None
     model: str
     """As it was given."""
     base: str
@@ -35,30 +37,38 @@ class Results:
     weights: str
     """Fingerprint of all weights, the adapter merged."""
     dtype: str
-    max_new_tokens: int | None = None
-    """Most tokens of an answer."""
-    num_beams: int | None = None
-    """1 = greedy."""
     data: str | None = None
-    """Folder of the test sets; None = the hub."""
+    """File or folder of the test sets; None = the hub."""
     limit: int | None = None
-    """First questions of each task; None = all."""
+    """Most questions, or examples, of each test set; None = all."""
     contamination: dict[str, Any] | None = None
-    """Training examples that are test questions; None if it was not checked."""
+    """Training examples that are in the test sets; None if it was not checked."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By task: `questions` answered of those `asked` (None if not known), `right`, `accuracy` (0 to 1), its 95 % `interval`
-    (Wilson), `unanswered` (no answer in the output), `empty` (nothing was written), `cut` (outputs that have not ended)."""
+    """Counts and scores by task."""
     average: float | None = None
-    """Mean of the tasks' accuracies; None unless all their questions are answered."""
+    """Mean of the tasks' scores, whatever their sizes; None unless all of their questions are answered."""
     sessions: list[dict[str, Any]] = field(default_factory=list)
-    """Each time it was started: times, seconds, tokens per second, batch size, versions, hardware."""
+    """Each time it was started: times, seconds, speed, batch size, versions, hardware."""
+
+    @property
+    def searched(self) -> bool:
+        """Whether training examples can be searched for what is asked."""
+        return True
+
+    def table(self) -> str:
+        """The scores, a column a task and the average last."""
+        raise NotImplementedError
+
+    def notes(self) -> list[str]:
+        """What else to know of the last session."""
+        raise NotImplementedError
 
     def write(self, folder: Path) -> None:
         """Write `results.json` into `folder`, all or nothing."""
         write_atomically(folder / FILE, json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> Results | None:
+    def read(cls, folder: Path) -> Self | None:
         """The results in `folder`, if there are any. Raises `SliceFineError` if the file cannot be theirs."""
         path = folder / FILE
         if not path.is_file():
@@ -66,7 +76,7 @@ class Results:
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
-            raise SliceFineError(f"{path} is not of an evaluation ({error}). {OTHER_FOLDER}") from error
+            raise SliceFineError(f"{path} is not of an evaluation of this kind ({error}). {OTHER_FOLDER}") from error
 
     def refuse_other(self, model: str, folder: Path, **now: Any) -> None:
         """Raise `SliceFineError` with what differs of `now`, names of `DECIDES`, for the model called `model`."""
@@ -74,11 +84,31 @@ class Results:
         raise_all(
             [
                 words.get(name, f"`{name}` was {getattr(self, name)} and is {now[name]} now.")
-                for name in DECIDES
+                for name in self.DECIDES
                 if name in now and getattr(self, name) != now[name]
             ],
             f"{folder} holds answers of another evaluation. {OTHER_FOLDER} What differs",
         )
+
+
+@dataclass(kw_only=True)
+class Results(Outcome):
+    """What an evaluation of generated answers came to.
+
+    Of each task: `questions` answered of those `asked` (None if not known), `right`, `accuracy` (0 to 1), its 95 % `interval` (Wilson),
+    `unanswered` (no answer in the output), `empty` (nothing was written), `cut` (outputs that have not ended). The average is
+    that of the accuracies.
+    """
+
+    DECIDES = ("suite", "engine", "weights", "dtype", "max_new_tokens", "num_beams")
+    ASKED = "questions"
+
+    suite: str
+    engine: str
+    max_new_tokens: int | None = None
+    """Most tokens of an answer."""
+    num_beams: int | None = None
+    """1 = greedy."""
 
     def table(self) -> str:
         """The table of the paper, a column a task and the average last, with intervals and counts below."""
@@ -99,7 +129,21 @@ class Results:
             ]
         rows[""].append("average")
         rows["accuracy, %"].append("-" if self.average is None else f"{100 * self.average:.1f}")
-        return _aligned(rows)
+        return aligned(rows)
+
+    @property
+    def searched(self) -> bool:
+        return self.engine == "generate"  # the test sets of the harness are its own
+
+    def notes(self) -> list[str]:
+        session = self.sessions[-1]
+        if "tokens_per_second" not in session:
+            return []
+        how = "greedy" if self.num_beams == 1 else f"{self.num_beams} beams"
+        return [
+            f"{how}, at most {self.max_new_tokens} tokens; {session['answers']} answers in {session['seconds']:.1f} s, "
+            f"{session['tokens_per_second']:.0f} tokens/s"
+        ]
 
     def _questions(self, task: Task, scores: dict[str, Any]) -> str:
         asked = scores.get("asked") or scores["questions"]
@@ -135,7 +179,8 @@ def average(tasks: dict[str, dict[str, Any]]) -> float | None:
     return sum(accuracies) / len(accuracies) if accuracies else None
 
 
-def _aligned(rows: dict[str, Sequence[str]] | dict[str, list[str]]) -> str:
+def aligned(rows: Mapping[str, Sequence[str]]) -> str:
+    """A table: the name of each row, and its cells, which may be fewer than the columns."""
     first = max(map(len, rows))
     columns = max(map(len, rows.values()))
     cells = {name: [*values, *[""] * (columns - len(values))] for name, values in rows.items()}

@@ -6,54 +6,54 @@ Everything that can be wrong is found before the model is loaded, and nothing is
 from __future__ import annotations
 
 import dataclasses
-import os
-import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
-from slicefine.evaluation import answers as store
-from slicefine.evaluation import contamination, models, questions, results, scoring
+from slicefine.evaluation import classification, contamination, models, questions, results, scoring
 from slicefine.evaluation.answers import Answer, Answers
 from slicefine.evaluation.contamination import Contamination, TrainingSet
 from slicefine.evaluation.generation import Generator, Ids, batches, encode
 from slicefine.evaluation.models import Source
 from slicefine.evaluation.questions import Question, Questions
-from slicefine.evaluation.results import Results
+from slicefine.evaluation.results import Outcome, Results
+from slicefine.evaluation.session import clear, output_folder, process_problems, saved, session
 from slicefine.evaluation.settings import Settings
 from slicefine.evaluation.suites import Task, get_suite
-from slicefine.training import record as records
-from slicefine.training.folder import ADAPTER
 
-FOLDER = "evaluation"
 MANY_EMPTY = 0.1
 SHOWN = 5
 Key = tuple[str, int]
 
 
-def evaluate(settings: Settings) -> Results:
-    """Ask the model every question of the suite that is not answered in the output folder yet.
+def evaluate(settings: Settings) -> Outcome:
+    """Ask the model every question, or classify every example, that has no answer in the output folder yet.
 
     Ctrl-C keeps the answers of finished batches and returns results with the status `"interrupted"`; the same settings go on.
 
     Raises `SliceFineError` for what is wrong with settings, model, test sets or output folder, before the folder is changed.
     """
-    raise_all(settings.problems() + _process_problems(), "Evaluation")
+    raise_all(settings.problems() + process_problems(), "Evaluation")
     source = models.find(settings.model)
-    folder = output_folder(settings, source)
+    config = models.load_config(source)
+    task = models.task_of(source, config)
+    models.refuse_other_suite(settings, task)
+    if settings.classifies:
+        return classification.evaluate(settings, source, config, task)
     if settings.engine == "lm-eval":
         from slicefine.evaluation import harness
 
-        return harness.evaluate(settings, source, folder)
+        return harness.evaluate(settings, source, output_folder(settings, source, f"{settings.suite}-lm-eval"))
+    return _generate(settings, source, config)
 
+
+def _generate(settings: Settings, source: Source, config: Any) -> Results:
+    folder = output_folder(settings, source, settings.chosen_suite.name)
     asked = questions.read(settings.chosen_tasks, settings.data, settings.limit)
     checked = _contamination(settings, source, asked)
-    config, tokenizer = models.load_config(source), models.load_tokenizer(source)
+    tokenizer = models.load_tokenizer(source)
     tokens = _encoded(asked, tokenizer)
     _refuse_too_long(tokens, models.context_length(config, tokenizer), settings)
 
@@ -63,23 +63,22 @@ def evaluate(settings: Settings) -> Results:
         "max_new_tokens": settings.longest_answer,
         "num_beams": settings.num_beams,
     }
-    saved = None if settings.overwrite else _saved(folder)
-    if saved:
-        saved.refuse_other(settings.model, folder, **known)
-    answers = Answers(folder) if saved else None
+    earlier = None if settings.overwrite else saved(Results, folder)
+    if earlier:
+        earlier.refuse_other(settings.model, folder, **known)
+    answers = Answers(folder) if earlier else None
     if answers:
         every = [question for found in asked.values() for question in found]
         answers.refuse_others(every, {key: len(ids) for key, ids in tokens.items()})
 
     model = models.load_model(source, config)
     known |= {"weights": models.fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
-    if saved:
-        saved.refuse_other(settings.model, folder, **known)
+    if earlier:
+        earlier.refuse_other(settings.model, folder, **known)
     generate = Generator(model, tokenizer, max_new_tokens=settings.longest_answer, num_beams=settings.num_beams)
 
-    folder.mkdir(parents=True, exist_ok=True)
     if answers is None:
-        (folder / store.FILE).unlink(missing_ok=True)
+        clear(folder)
         answers = Answers(folder)
     result = Results(
         **known,
@@ -88,48 +87,22 @@ def evaluate(settings: Settings) -> Results:
         data=settings.data,
         limit=settings.limit,
         contamination=contamination.with_earlier(
-            dataclasses.asdict(checked) if checked else None, saved.contamination if saved else None, asked
+            dataclasses.asdict(checked) if checked else None, earlier.contamination if earlier else None, asked
         ),
-        tasks=saved.tasks if saved else {},
-        sessions=saved.sessions if saved else [],
+        tasks=earlier.tasks if earlier else {},
+        sessions=earlier.sessions if earlier else [],
     )
     _summarise(result, asked, answers)
-    with _session(result, folder, settings) as session:
-        _answer(settings, asked, tokens, generate, answers, session)
+    with session(
+        result, folder, batch_size=settings.batch_size, counts="answers", per_second="generated_tokens"
+    ) as this:
+        _answer(settings, asked, tokens, generate, answers, this)
     if result.status == "interrupted":
         answers = Answers(folder)  # Ctrl-C may have come when a batch was written and not counted yet
     _summarise(result, asked, answers)
     result.write(folder)
     _warn_of_silence(result)
     return result
-
-
-def output_folder(settings: Settings, source: Source) -> Path:
-    """Where answers go: `--output`, or `evaluation/<suite>` in the run."""
-    name = settings.suite if settings.engine == "generate" else f"{settings.suite}-{settings.engine}"
-    if settings.output:
-        folder = Path(settings.output)
-    elif source.run and source.adapter and source.adapter.resolve() == (source.run / ADAPTER).resolve():
-        folder = source.run / FOLDER / name
-    else:
-        raise SliceFineError(
-            f"The answers of a run go into its folder; {settings.model} is no run. Name a folder with --output."
-        )
-    ours = {store.FILE, results.FILE}
-    if folder.exists() and not folder.is_dir():
-        raise SliceFineError(f"`--output` is a folder; {folder} is a file. Name another.")
-    if folder.is_dir() and (others := {path.name for path in folder.iterdir()}) and not others & ours:
-        raise SliceFineError(
-            f"`--output` is a new or empty folder, or that of an evaluation; {folder} has other files in it. Name another."
-        )
-    return folder
-
-
-def _process_problems() -> list[str]:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes == 1:
-        return []
-    return [f"`slicefine evaluate` runs in one process; WORLD_SIZE is {processes}. Start it without torchrun."]
 
 
 def _contamination(settings: Settings, source: Source, asked: Questions) -> Contamination | None:
@@ -169,48 +142,6 @@ def _refuse_too_long(tokens: dict[Key, Ids], context: int | None, settings: Sett
         f"A prompt and its answer of up to {answer} tokens fit into the model's context of {context} tokens; {len(too_long)} "
         f"of {len(tokens)} do not ({named}{more}). {fix}"
     )
-
-
-def _saved(folder: Path) -> Results | None:
-    saved = Results.read(folder)
-    if saved is None and (folder / store.FILE).is_file():
-        raise SliceFineError(
-            f"{folder} has {store.FILE} but no {results.FILE}: whose answers they are is not known. {results.OTHER_FOLDER}"
-        )
-    return saved
-
-
-@contextmanager
-def _session(result: Results, folder: Path, settings: Settings) -> Iterator[dict[str, Any]]:
-    """Write the results when it begins and when it ends, however it does."""
-    session: dict[str, Any] = {
-        "started": records.now(),
-        "batch_size": settings.batch_size,
-        "answers": 0,
-        "generated_tokens": 0,
-        "versions": records.versions(),
-        "commit": records.commit(),
-        "hardware": records.hardware(),
-    }
-    result.sessions.append(session)
-    result.write(folder)
-    began = time.perf_counter()
-    try:
-        yield session
-        result.status = "finished"
-    except KeyboardInterrupt:
-        result.status = "interrupted"
-    except BaseException:
-        result.status = "failed"
-        raise
-    finally:
-        seconds = time.perf_counter() - began
-        session |= {
-            "ended": records.now(),
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(session["generated_tokens"] / seconds, 1),
-        }
-        result.write(folder)
 
 
 def _answer(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from slicefine.errors import SliceFineError, did_you_mean
-from slicefine.evaluation.suites import Suite, Task, get_suite, select
+from slicefine.evaluation.suites import LABELLED, NAMES, Suite, Task, chosen, get_suite, select
 
 ENGINES = ("generate", "lm-eval")
 
@@ -17,18 +17,18 @@ class Settings:
 
     model: str
     """Run folder, adapter folder, model folder, or hub name of a model."""
-    suite: str
-    """A key of `SUITES`."""
+    suite: str | None = None
+    """One of `NAMES`; None = the labelled examples of `data`."""
     tasks: tuple[str, ...] = ()
-    """Names of tasks; none = all of the suite."""
+    """Names of tasks; none = all of the suite, or for a classification run the one that it was trained for."""
     data: str | None = None
-    """Folder with `<task>/test.jsonl` or `<task>/test.json`; None = the data sets of the hub."""
+    """Folder with a folder for each task; without a suite, a labelled file or folder; None = the data sets of the hub."""
     limit: int | None = None
-    """First questions of each task; None = all."""
+    """First questions of each task, or examples evenly spaced; None = all."""
     output: str | None = None
     """Folder of answers and results; None = inside the run folder."""
     batch_size: int = 32
-    """Questions per forward pass."""
+    """Questions or examples per forward pass."""
     max_new_tokens: int | None = None
     """Longest answer, in tokens; None = as published for the suite."""
     num_beams: int = 1
@@ -36,7 +36,7 @@ class Settings:
     train_data: tuple[str, ...] = ()
     """Files, or hub names, of the training examples; none = those of the run."""
     allow_contamination: bool = False
-    """Go on if training examples are test questions."""
+    """Go on if training examples are in the test sets."""
     overwrite: bool = False
     """Drop the answers in `output`."""
     engine: str = "generate"
@@ -49,10 +49,7 @@ class Settings:
             found.append(
                 f"`--engine` is one of {', '.join(ENGINES)}; got {self.engine!r}.{did_you_mean(self.engine, ENGINES)}"
             )
-        try:
-            select(get_suite(self.suite), self.tasks)
-        except SliceFineError as error:
-            found.append(str(error))
+        found += self._suite_problems()
         for flag, value in (
             ("limit", self.limit),
             ("batch_size", self.batch_size),
@@ -61,9 +58,43 @@ class Settings:
         ):
             if value is not None and value < 1:
                 found.append(f"`--{flag}` is at least 1; got {value}.")
-        if self.engine == "lm-eval":
+        if self.classifies:
+            found += self._unused_problems()
+        elif self.engine == "lm-eval":
             found += self._harness_problems()
         return found
+
+    def _suite_problems(self) -> list[str]:
+        if self.suite is None:
+            found = []
+            if self.data is None:
+                found.append(
+                    f"`--suite` says what to score: {', '.join(NAMES)}; for a classification run, `--data` alone can name labelled "
+                    "examples. Give one of them."
+                )
+            if self.tasks:
+                found.append("`--tasks` names tasks of a suite. Add --suite, or leave it out.")
+            return found
+        try:
+            if self.suite in LABELLED:
+                chosen(self.suite, LABELLED[self.suite], self.tasks)
+            else:
+                select(get_suite(self.suite), self.tasks)
+        except SliceFineError as error:
+            return [str(error)]
+        return []
+
+    def _unused_problems(self) -> list[str]:
+        given = {
+            "max_new_tokens": self.max_new_tokens is not None,
+            "num_beams": self.num_beams != 1,
+            "engine": self.engine == "lm-eval",
+        }
+        return [
+            f"`--{flag}` says how answers are generated; classes are not. Leave it out."
+            for flag in given
+            if given[flag]
+        ]
 
     def _harness_problems(self) -> list[str]:
         found = []
@@ -83,7 +114,20 @@ class Settings:
         return found
 
     @property
+    def classifies(self) -> bool:
+        """Whether labelled examples are scored, and no generated answers. An unknown suite is neither."""
+        return self.suite is None or self.suite in LABELLED
+
+    @property
+    def chosen_sets(self) -> tuple[str, ...]:
+        """The labelled sets of the suite that are named; none if none is."""
+        if self.suite is None or not self.tasks:
+            return ()
+        return chosen(self.suite, LABELLED[self.suite], self.tasks)
+
+    @property
     def chosen_suite(self) -> Suite:
+        assert self.suite is not None
         return get_suite(self.suite)
 
     @property

@@ -1,6 +1,6 @@
 """The suites and their tasks, in the order of the paper's tables.
 
-A task asks for one of a few words (commonsense) or for a number (math); how the answer is found in a text is in `scoring`.
+Those of labelled examples are in `slicefine.training.named`. Of the others, a task asks for one of a few words (commonsense) or for a number (math); how the answer is found in a text is in `scoring`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slicefine.errors import SliceFineError, did_you_mean
+from slicefine.training.named import SUITES as LABELLED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +75,31 @@ SUITES = {
 }
 
 
+NAMES = (*SUITES, *LABELLED)
+
+
 def get_suite(name: str) -> Suite:
-    """The suite called `name`. Raises `SliceFineError` if there is none."""
+    """The suite of generated answers called `name`. Raises `SliceFineError` if there is none."""
     if name not in SUITES:
-        raise SliceFineError(f"`--suite` is one of {', '.join(SUITES)}; got {name!r}.{did_you_mean(name, SUITES)}")
+        raise SliceFineError(f"`--suite` is one of {', '.join(NAMES)}; got {name!r}.{did_you_mean(name, NAMES)}")
     return SUITES[name]
 
 
 def select(suite: Suite, names: Sequence[str]) -> tuple[Task, ...]:
-    """The tasks called `names`, all if there are none, in the order of the table. Upper and lower case are the same.
+    """The tasks of a suite called `names`. As `chosen`."""
+    wanted = chosen(suite.name, [task.name for task in suite.tasks], names)
+    return tuple(task for task in suite.tasks if task.name in wanted)
 
-    Raises `SliceFineError` with every unknown name.
+
+def chosen(suite: str, known: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the `known` tasks that are called `names`, all if there are none, in the order of the table.
+
+    Upper and lower case are the same. Raises `SliceFineError` with every unknown name.
     """
-    known = {task.name: task for task in suite.tasks}
     unknown = [name for name in names if name.lower() not in known]
     if unknown:
         elsewhere = {task.name: other.name for other in SUITES.values() for task in other.tasks}
+        elsewhere |= {task: other for other, tasks in LABELLED.items() for task in tasks}
         hints = "".join(
             f" {name!r} is in the suite {elsewhere[name.lower()]!r}."
             if name.lower() in elsewhere
@@ -97,7 +107,7 @@ def select(suite: Suite, names: Sequence[str]) -> tuple[Task, ...]:
             for name in unknown
         )
         raise SliceFineError(
-            f"`--tasks` of the suite {suite.name!r} are {', '.join(known)}; got {', '.join(map(repr, unknown))}.{hints}"
+            f"`--tasks` of the suite {suite!r} are {', '.join(known)}; got {', '.join(map(repr, unknown))}.{hints}"
         )
-    wanted = {name.lower() for name in names} or known.keys()
-    return tuple(task for task in suite.tasks if task.name in wanted)
+    wanted = {name.lower() for name in names} or set(known)
+    return tuple(name for name in known if name in wanted)

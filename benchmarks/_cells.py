@@ -38,23 +38,35 @@ class Outcome:
     """Classes of the examples it is judged on, in their order."""
     labels: list[int]
     minutes: float
+    commit: str | None = None
+    """Of the code that made the run; set by `kept`."""
 
     def score(self, metric: Callable[..., Any]) -> float:
         return float(metric(self.labels, self.predicted))
 
 
-def kept(folder: Path, cell: Cell, settings: Any, make: Callable[[], Outcome]) -> Outcome:
-    """What `make` gives, or gave an earlier time for the same cell and settings (JSON values)."""
+def kept(folder: Path, cell: Cell, settings: Any, commit: str | None, make: Callable[[], Outcome]) -> Outcome:
+    """What `make` gives, or gave an earlier time, at whatever commit, for the same cell and settings (JSON values)."""
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(cell), settings]).encode()).hexdigest()
     path = folder / f"{cell.data}-{digest[:16]}.json"
     if path.exists():
         return Outcome(**json.loads(path.read_text(encoding="utf-8")))
-    outcome = make()
+    outcome = dataclasses.replace(make(), commit=commit)
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
     os.replace(part, path)
     return outcome
+
+
+def commit_of(made_by: dict[str, Any]) -> str:
+    """The commit of `provenance`, marked if the working tree differed."""
+    return f"{made_by['commit']}{' and changes' if made_by['dirty'] else ''}"
+
+
+def commits(*runs: dict[Cell, Outcome]) -> dict[str, Any]:
+    """Which commits the runs were made at: more than one if a benchmark was stopped, changed and continued."""
+    return {"runs_made_at": ", ".join(sorted({str(outcome.commit) for made in runs for outcome in made.values()}))}
 
 
 def chosen(grid: dict[Cell, Outcome]) -> dict[tuple[str, str], float]:

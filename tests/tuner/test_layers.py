@@ -81,6 +81,18 @@ class OwnForwards(nn.Module):
         return self.b(self.a(self.tokens(ids)).tanh())
 
 
+class Attention(nn.Module):
+    """torch's own, which reads the weight of its last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x)[0])
+
+
 class InPlace(nn.Module):
     """Layers whose output is written into."""
 
@@ -142,6 +154,12 @@ CASES = {
     "embeddings": (Embeddings, {"ids": 20}, {"target_modules": ["tokens", "positions"]}),
     "readers": (Readers, {"x": (2, 5, 6)}, {"target_modules": ["a", "b", "c", "d", "e", "kernel"]}),
     "own forwards": (OwnForwards, {"ids": 20}, {"target_modules": ["tokens", "a", "b"]}),
+    "attention's output": (Attention, {"x": (2, 5, 6)}, {"target_modules": ["out_proj", "out"]}),
+    "attention's input": (
+        Attention,
+        {"x": (2, 5, 6)},
+        {"target_modules": ["out"], "target_parameters": ["in_proj_weight"]},
+    ),
     "in place": (InPlace, {"x": (2, 5, 6)}, {"target_modules": ["a", "b", "c"]}),
     "router": (
         lambda: mixtral("eager"),
@@ -261,7 +279,7 @@ def test_values_are_exchanged_saved_and_merged_bit_by_bit(case, axis, dtype, tmp
 
 
 def test_a_second_adapter(case):
-    base = case.base()
+    base = case.base().requires_grad_(False)  # torch rounds some products in another way if a weight wants a gradient
     model = case.adapted(base)
     model.add_adapter("other", SliceFineConfig(**({"r": 1, "slide_every": 3} | case.settings)))
     case.fit(model, 3)
@@ -444,3 +462,16 @@ def test_transformers_own_loader_brings_slices_of_experts(tmp_path):
     other.load_adapter(str(tmp_path / "adapter"))
     with torch.no_grad():
         assert torch.equal(case.outputs(other.eval()), case.outputs(model))
+
+
+def test_where_there_are_no_linear_layers():
+    with pytest.raises(
+        SliceFineError, match=r"Linear layers here: none. Name other layers .*: clip \(1\), depthwise \(1\)"
+    ):
+        get_peft_model(Convolutions(), SliceFineConfig())
+
+
+def test_parameters_of_a_module_and_layers_within_it():
+    config = SliceFineConfig(r=2, target_modules=["out_proj"], target_parameters=["in_proj_weight"])
+    with pytest.raises(SliceFineError, match=r"attention: its parameters and layers within it .*: attention.out_proj"):
+        get_peft_model(Attention(), config)

@@ -152,16 +152,6 @@ def test_a_quantized_model():
     refused(model, SliceFineConfig(), "quantized", "bf16, fp16 or fp32")
 
 
-def test_attention_that_reads_the_weight():
-    refused(
-        nn.TransformerEncoderLayer(8, 2),
-        SliceFineConfig(),
-        "self_attn.out_proj",
-        "without calling the layer",
-        "exclude_modules",
-    )
-
-
 def test_tied_weights():
     model = mlp()
     model.lin2 = nn.Linear(10, 20)

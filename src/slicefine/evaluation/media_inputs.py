@@ -36,7 +36,7 @@ def _images(data: DataSettings) -> Media:
     from slicefine.training.images import IMAGES, check_image
     from slicefine.training.tasks.image_classification import Pixels
 
-    return Media(data, data.image, IMAGES, check_image, lambda processor, model: Pixels(processor))
+    return Media(data, data.image, IMAGES, check_image, lambda processor, model: Pixels(processor, dtype=model.dtype))
 
 
 def _clips(data: DataSettings, num_frames: int) -> Media:

@@ -27,7 +27,12 @@ def shrunk(config: Any, more: Callable[[dict[str, Any]], dict[str, Any]]) -> Any
     small: dict[str, Any] = {name: value for name, value in names.items() if isinstance(values.get(name), int)}
     if values.get("layer_types"):  # one of each kind: some models have another kind every sixth layer
         small["layer_types"] = (list(dict.fromkeys(values["layer_types"])) * 2)[: SMALL["num_hidden_layers"]]
-    for name in ("quantization_config", "out_features", "out_indices", "stage_names"):  # the last three name blocks that are gone
+    for name in (
+        "quantization_config",
+        "out_features",
+        "out_indices",
+        "stage_names",
+    ):  # the last three name blocks that are gone
         values.pop(name, None)
     return type(config).from_dict(
         values | small | more(values) | {name: part.to_dict() for name, part in parts.items()}

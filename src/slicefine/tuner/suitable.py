@@ -19,14 +19,11 @@ def base_place(place: Place) -> Place:
     return place.module.place if isinstance(place.module, SliceLayer) else place
 
 
-def why_not(
-    place: Place, parent: nn.Module | None, owners: Counter[int], *, as_parameter: bool, train_bias: bool
-) -> str | None:
+def why_not(place: Place, owners: Counter[int], *, as_parameter: bool, train_bias: bool) -> str | None:
     """What keeps a weight from holding slices; None if nothing does.
 
     Args:
         place: The weight.
-        parent: The module that has the layer.
         owners: Identity of each parameter of the model -> under how many names the model has it.
         as_parameter: Whether it was named as a parameter, and not as a layer.
         train_bias: Whether the bias of the layer is to be trained.
@@ -41,7 +38,7 @@ def why_not(
         return f"it is the weight of a layer ({kind}). Name the layer in `target_modules`."
     if not as_parameter and not place.is_layer:
         return f"slices live in {BASE_LAYERS_IN_WORDS}; this is a {kind}. {LEAVE_OUT}"
-    problem = _parameter_problem(place, kind) if as_parameter else _layer_problem(module, parent, kind)
+    problem = _parameter_problem(place, kind) if as_parameter else _layer_problem(module, kind)
     problem = problem or _value_problem(place.stored, kind) or _module_problem(module)
     if problem:
         return problem
@@ -81,11 +78,9 @@ def _module_problem(module: nn.Module) -> str | None:
     return None
 
 
-def _layer_problem(module: nn.Module, parent: nn.Module | None, kind: str) -> str | None:
+def _layer_problem(module: nn.Module, kind: str) -> str | None:
     if WEIGHT not in module._parameters:
         return f"it is a {kind}, a layer with a way of its own to store its weight. {LEAVE_OUT}"
-    if isinstance(parent, nn.MultiheadAttention):
-        return f"torch.nn.MultiheadAttention reads its weight without calling the layer, so a slice would get no gradient. {LEAVE_OUT}"
     if isinstance(module, nn.Embedding):
         odd = [
             f"{name}={value}"

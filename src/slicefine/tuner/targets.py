@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from slicefine.errors import SliceFineError, by_text, did_you_mean
+from slicefine.errors import SliceFineError, by_text, did_you_mean, listed
 from slicefine.slicing import ALTERNATE, COLUMN, ROW
-from slicefine.tuner.base_layers import LINEAR_LAYERS, Place
+from slicefine.tuner.base_layers import BASE_LAYERS, LINEAR_LAYERS, Place
 from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
 from slicefine.tuner.layer import SliceLayer, layers_around
 from slicefine.tuner.sliding import refuse_sharding
@@ -113,19 +113,24 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
     """Everything that keeps `config` from being attached to the `targets` of `model`, one sentence each."""
     problems = _environment_problems(model)
     problems += _matching_problems(model, config, targets)
-    parents = dict(model.named_modules())
     owners = Counter(
         id(parameter) for _, m in model.named_modules(remove_duplicate=False) for parameter in m._parameters.values()
     )
     sound = {}
     parameters = {key for name, of in find_parameters(model, config).items() for key in layer_names(name, of)}
     for name, place in targets.items():
-        parent = parents.get(name.rpartition(".")[0])  # none where layers are to stand one around the other
-        problem = why_not(place, parent, owners, as_parameter=name in parameters, train_bias=config.bias != "none")
+        problem = why_not(place, owners, as_parameter=name in parameters, train_bias=config.bias != "none")
         if problem:
             problems.append(f"{weight_name(name, place) if name in parameters else name}: {problem}")
         else:
             sound[name] = place
+    for holder in find_parameters(model, config):
+        within = [name for name, place in targets.items() if name.startswith(f"{holder}.") and name not in parameters]
+        if within:
+            problems.append(
+                f"{holder}: its parameters and layers within it are not trained together, because the name of a layer would depend on what "
+                f"stands around it: {listed(within)}. Leave one of them out (`target_parameters`, `exclude_modules`)."
+            )
     if not names_all_linear(config) and config.seals is None:
         problems += by_text(
             {
@@ -207,9 +212,15 @@ def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[
             note += f" (a string is a regular expression for the whole name; for layers by name write {words!r}.{near})"
         problems.append(
             f"no module matches target_modules={config.target_modules!r}{note}, exclude_modules={config.exclude_modules!r}. "
-            f"Linear layers here: {_list(Counter(k.rpartition('.')[2] for k in linear))}."
+            f"Linear layers here: {_list(Counter(k.rpartition('.')[2] for k in linear))}.{_others(model, linear)}"
         )
     return problems
+
+
+def _others(model: nn.Module, linear: list[str]) -> str:
+    """What can be named where there are no linear layers."""
+    others = Counter(name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, BASE_LAYERS))
+    return f" Name other layers in `target_modules`: {_list(others)}." if others and not linear else ""
 
 
 def _blocks(names: Iterable[str]) -> set[int]:

@@ -361,7 +361,9 @@ def _begin_and_wait(begin: Any) -> Any:
 def test_ctrl_c_reaches_the_processes_that_load_as_well_and_is_answered_once(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    recipe = override(settings, training__dataloader_num_workers=2, training__num_train_epochs=1000)
+    folder(tmp_path / "data", 60)
+    more = {"training.dataloader_num_workers": 2, "training.save_steps": 5, "training.num_train_epochs": 1000}
+    recipe = Recipe.from_flat(settings | more)  # 45 steps an epoch: the processes are there when the signal comes
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     command = [sys.executable, "-m", "slicefine.cli.main", "train", str(tmp_path / "recipe.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -369,7 +371,7 @@ def test_ctrl_c_reaches_the_processes_that_load_as_well_and_is_answered_once(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
     ) as process:
         record = tmp_path / "run" / "record.json"
-        checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-6"
+        checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-5"
         deadline = time.monotonic() + 90
         while not checkpoint.is_dir() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)

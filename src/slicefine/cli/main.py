@@ -50,11 +50,11 @@ def _run(arguments: list[str]) -> int:
     try:
         from jsonargparse import ArgumentParser
 
-        from slicefine.cli import demo, evaluate, export, recipes, train
+        from slicefine.cli import bench, demo, evaluate, export, plan, recipes, train
     except ModuleNotFoundError as error:
         raise SliceFineError(f"The command line needs {error.name}: pip install 'slicefine[train]'") from error
 
-    verbs = {module.NAME: module for module in (train, evaluate, export, recipes, demo)}
+    verbs = {module.NAME: module for module in (train, evaluate, plan, bench, export, recipes, demo)}
     parser = ArgumentParser(
         prog="slicefine",
         description="Fine-tune pretrained models by training sliding slices of the weights that are already there.",
@@ -66,8 +66,8 @@ def _run(arguments: list[str]) -> int:
     parsers = {}
     for name, module in verbs.items():
         parsers[name] = ArgumentParser(description=module.HELP, exit_on_error=False, allow_abbrev=False)
-        module.add(parsers[name])
         commands.add_subcommand(name, parsers[name], help=module.HELP)
+        module.add(parsers[name])  # after that: it may add verbs of its own
     try:
         given = parser.parse_args(arguments, defaults=False)
     except ArgumentError as error:

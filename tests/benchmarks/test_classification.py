@@ -97,18 +97,34 @@ def test_it_runs_writes_every_table_and_goes_on_where_it_was(tmp_path, arguments
         classification.main([*arguments, "--steps", "10"])
 
 
-@pytest.mark.usefixtures("in_this_process")
-@pytest.mark.parametrize("method", ["SliceFine-5RC", "SliceFine-5RC with biases", "LoRA r8", "full"])
-def test_a_method_learns_what_can_be_learned(arguments, method, monkeypatch):
+@pytest.fixture
+def options(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """What the script makes of its arguments."""
     import classification
 
-    found = {}
-    monkeypatch.setattr(classification, "run_all", lambda options: found.update(options=options) or sys.exit())
+    found = []
+    monkeypatch.setattr(classification, "run_all", lambda options: found.append(options) or sys.exit())
     with pytest.raises(SystemExit):
         classification.main([*arguments, "--steps", "60"])
-    found["options"].cells.mkdir()
-    run = classification.run_once(found["options"], classification.Cell("trec", method, 2e-2, 0, final=True))
+    return found[0]
+
+
+@pytest.mark.parametrize("method", ["SliceFine-5RC", "SliceFine-5RC with biases", "LoRA r8", "full"])
+def test_a_method_learns_what_can_be_learned(options, method):
+    import classification
+
+    run = classification.run_once(options, classification.Cell("trec", method, 2e-2, 0, final=True))
     assert run.predicted == run.labels == [0, 1] * 5
+
+
+def test_short_runs_are_judged_on_train_and_final_ones_on_validation(options):
+    import classification
+
+    judged = {
+        final: classification.run_once(options, classification.Cell("sst2", "full", 1e-3, 0, final)).labels
+        for final in (False, True)
+    }
+    assert (len(judged[False]), judged[True]) == (options.held_out, [0, 1] * 5)
 
 
 def test_a_choice_at_the_edge_of_the_grid_is_called_so():
@@ -120,8 +136,7 @@ def test_a_choice_at_the_edge_of_the_grid_is_called_so():
     assert verdict(Cell("cola", SLICES, first, 0, False), second) == ""
 
 
-def test_test_examples_choose_nothing(arguments, data):
-    """The learning rate is chosen on examples of `train` that final runs do not train on."""
+def test_examples_held_out_are_not_trained_on(data):
     from classification import SETS, read_rows, split
 
     options = argparse.Namespace(held_out=6, seed=0)

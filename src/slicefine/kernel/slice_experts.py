@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicefine.kernel.shared import begin_backward, fitted
+from slicefine.kernel.shared import autocast, begin_backward, fitted
 from slicefine.kernel.slice_linear import slice_linear
 from slicefine.slicing import ROW
 
@@ -126,8 +126,10 @@ def _sums_by_expert(narrow_SR, wide_SL, offs, shape, dtype):
 
 
 def _sums_of_outer_products(narrow_SR, wide_SL, experts_S, shape, dtype):
-    outer_SRL = narrow_SR.unsqueeze(2).to(dtype) * wide_SL.unsqueeze(1)
-    return outer_SRL.new_zeros((shape[2], *outer_SRL.shape[1:])).index_add(0, experts_S, outer_SRL)
+    # One after the other: all of them at once would be as large as R inputs.
+    sums = wide_SL.new_zeros((shape[2], wide_SL.shape[1]), dtype=dtype)
+    columns = narrow_SR.to(dtype).unsqueeze(2).unbind(1)
+    return torch.stack([sums.index_add(0, experts_S, column_S1 * wide_SL) for column_S1 in columns], 1)
 
 
 def _grouped_by(grouped_mm: Callable[..., Any]) -> _Way:
@@ -212,4 +214,5 @@ def batched(
         `(S, d_out)`, the same bits as `bmm` gives.
     """
     way = _GATHERED_TURNED if turned else _GATHERED
+    x, gathered = autocast(x, gathered)  # pyright: ignore[reportAssignmentType] -- what is given is not None
     return _SliceExperts.apply(x, gathered, experts, master, index, axis == ROW, check, way)  # pyright: ignore[reportReturnType] -- `apply` is untyped in torch

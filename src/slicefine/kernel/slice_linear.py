@@ -51,7 +51,7 @@ class _SliceLinear(torch.autograd.Function):
         ctx.save_for_backward(w_OI if wants_x else None, kept, index_R)
         y = F.linear(x, w_OI, b_O)
         # The same memory, but no view: autograd forbids writing (`y += 1`, ReLU in place) into one that is made in here.
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return torch.ops.aten._unsafe_view(y, y.shape) if torch.compiler.is_compiling() or y._is_view() else y
 
     @staticmethod
     def backward(ctx, g):

@@ -9,7 +9,6 @@ a parameter of three, (experts, d_out, d_in)    (d_out, d_in, experts): every ex
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -63,8 +62,8 @@ class Place(NamedTuple):
 
     @property
     def is_read(self) -> bool:
-        """Whether the module computes with the weight in a way of its own: it is trained where the module reads it."""
-        return not self.is_layer or all(type(self.module).forward is not base.forward for base in BASE_LAYERS)
+        """Whether the module may compute with the weight in a way of its own: it is trained where the module reads it."""
+        return not self.is_layer or type(self.module) not in BASE_LAYERS
 
     @property
     def turned(self) -> bool:
@@ -78,34 +77,38 @@ class Place(NamedTuple):
         return matrix.transpose(0, 1) if self.turned else matrix
 
 
-def kernel_of(layer: nn.Module) -> Callable[..., Tensor]:
-    """What computes the output of a layer and trains its slice; the arguments are those of `slice_linear`."""
-    if isinstance(layer, CONVOLUTIONS):
-        return functools.partial(
-            slice_conv,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-        )
-    if isinstance(layer, nn.Embedding):
-        return functools.partial(_embed, layer.padding_idx)
-    return slice_linear
-
-
-def _embed(
-    padding_idx: int | None,
-    ids: Tensor,
+def compute(
+    layer: nn.Module,
+    x: Tensor,
     weight: Tensor,
-    _no_bias: None,
+    bias: Tensor | None,
     master: Tensor,
     index: Tensor,
     axis: str,
-    _no_bias_master: None,
+    bias_master: Tensor | None,
     check: Callable[[], None] | None,
 ) -> Tensor:
-    return slice_embedding(ids, weight, master, index, axis, padding_idx, check)
+    """The output of a layer for `x`, which trains its slice; the arguments are those of `slice_linear`."""
+    if isinstance(layer, LINEAR_LAYERS):
+        return slice_linear(x, weight, bias, master, index, axis, bias_master, check)
+    if isinstance(layer, nn.Embedding):
+        return slice_embedding(x, weight, master, index, axis, layer.padding_idx, check)
+    assert isinstance(layer, CONVOLUTIONS)
+    return slice_conv(
+        x,
+        weight,
+        bias,
+        master,
+        index,
+        axis,
+        bias_master,
+        check,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        padding_mode=layer.padding_mode,
+    )
 
 
 def present_values(weight: Tensor, axis: str, indices: tuple[int, ...]) -> Tensor:

@@ -22,7 +22,7 @@ from slicefine.slicing import SLICE_AXES, Region, Schedule, Shape, Slice
 from slicefine.tuner import guards, sliding
 from slicefine.tuner.adapter_state import AdapterState, MasterDict
 from slicefine.tuner.artifact import Target
-from slicefine.tuner.base_layers import WEIGHT, Place, kernel_of, present_values
+from slicefine.tuner.base_layers import WEIGHT, Place, compute, present_values
 from slicefine.tuner.originals import Originals, Stored, to_cpu, unnoticed
 from slicefine.tuner.reading import read_bias, read_weight
 
@@ -52,7 +52,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         self.base_layer: Any = base_layer
         self.parameter = parameter
         self.out_features, self.in_features = self.shape[:2]
-        self._compute = kernel_of(base_layer)
+        self._turned = self.place.turned
         self.slicefine_weight = MasterDict()
         self.slicefine_bias = MasterDict()
         self.slicefine_index: Any = BufferDict(persistent=False)  # its values are typed as possibly None
@@ -72,8 +72,8 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer" or name.startswith("slicefine_"):  # those within have their own
-                raise
+            if "_modules" not in vars(self) or name == "base_layer" or name.startswith("slicefine_"):
+                raise  # those within have their own
             return getattr(self._modules["base_layer"], name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -374,13 +374,15 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             return self.watched(self.base_layer(x, *args, **kwargs))
         modules: Any = self._modules
         adapter: Any = self._installed
-        place = Place(modules["base_layer"])
-        if args or kwargs or place.stored.requires_grad:
+        base = modules["base_layer"]
+        weight = base._parameters["weight"]
+        if args or kwargs or weight.requires_grad:
             self.refuse_call(len(args), sorted(kwargs))
-        return self._compute(
+        return compute(
+            base,
             x,
-            place.matrix,
-            place.bias,
+            weight.t() if self._turned else weight,
+            base._parameters.get("bias"),
             modules["slicefine_weight"]._parameters[adapter],
             modules["slicefine_index"]._buffers[adapter],
             self.slicefine_state[adapter].active.axis,
@@ -393,9 +395,12 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         if self._arrival is not None:
             self._arrival.complete(last=True)
 
-    def watched(self, y: Tensor) -> Tensor:
+    def watched(self, y: Any) -> Any:
         """The output of a forward pass that trains nothing here; its backward pass must meet the same values."""
-        if y.requires_grad and not torch.compiler.is_compiling():
+        if isinstance(y, tuple | list):
+            for part in y:
+                self.watched(part)
+        elif isinstance(y, Tensor) and y.requires_grad and not torch.compiler.is_compiling():
             y.register_hook(functools.partial(guards.check_shown, self, self._installed))
         return y
 

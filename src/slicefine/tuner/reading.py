@@ -1,6 +1,6 @@
 """A weight that model code reads instead of calling the layer that has it, and still only its slice is trained.
 
-VideoMAE's attention computes `F.linear(x, self.query.weight, bias)`; mixtures of experts keep all their matrices in one parameter.
+Mamba computes `self.dt_proj.weight @ x`, Falcon's layers `x @ self.weight.T`; mixtures of experts keep all their matrices in one parameter.
 What such code gets is the weight itself, as a tensor that knows whose it is: the products that models make with a weight are
 computed by our kernels. With any other operation autograd gives the gradient of the whole weight, of which the slice takes its part:
 right as well, but it costs what a gradient of the whole costs.
@@ -9,14 +9,15 @@ right as well, but it costs what a gradient of the whole costs.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slicefine.kernel import slice_embedding, slice_experts, slice_linear, vectors
+from slicefine.kernel import slice_conv, slice_embedding, slice_experts, slice_linear, vectors
 from slicefine.tuner import guards
 
 if TYPE_CHECKING:
@@ -40,9 +41,7 @@ class ReadWeight(Tensor):
     ) -> Any:
         named = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            route = _ROUTES.get(func)
-            if getattr(func, "__name__", None) == _FALLBACK:
-                route = functools.partial(_grouped, func)
+            route = _route(func, named)
             own = route(*args, **named) if route is not None else None
             return func(*args, **named) if own is None else own
 
@@ -99,42 +98,91 @@ def _check(layer: SliceLayer) -> Callable[[], None] | None:
 
 
 # ---------------------------------------------------------------------- what models do with a weight that they read
+#
+# Arguments have torch's own names. A route that returns None leaves the operation to torch, and the gradient to `_Follow`.
 
 
-def _turn(weight: Any, *dims: int) -> Tensor | None:
-    """`transpose(-2, -1)` and the like."""
-    if not isinstance(weight, ReadWeight) or {dim % weight.dim() for dim in dims} != {
-        weight.dim() - 2,
-        weight.dim() - 1,
-    }:
+def _is_matrix(weight: Any, *, turned: bool) -> bool:
+    """Whether it is one matrix, of a layer or of one expert, that a product with `x` may be made with from this side."""
+    return (
+        isinstance(weight, ReadWeight)
+        and weight.layer.installed is not None
+        and weight.dim() == 2
+        and weight.turned is turned
+        and (weight.experts is not None or len(weight.layer.shape) == 2)
+    )
+
+
+def _is_experts(weight: Any, *, picked: bool) -> bool:
+    """Whether it has the matrices of all experts, or of a list of them if `picked`."""
+    return (
+        isinstance(weight, ReadWeight)
+        and weight.layer.installed is not None
+        and not weight.layer.place.is_layer  # not a convolution over a signal, which has three dimensions too
+        and weight.dim() == 3
+        and (weight.experts is not None) is picked
+    )
+
+
+def _transpose(input: Any, dim0: int, dim1: int) -> Tensor | None:
+    if not isinstance(input, ReadWeight):
         return None
-    return _known(weight.transpose(-2, -1), weight.layer, not weight.turned, weight.experts, weight.masters)
+    last = {input.dim() - 2, input.dim() - 1}
+    if {dim0 % input.dim(), dim1 % input.dim()} != last or (input.dim() == 3 and input.layer.place.is_layer):
+        return None
+    return _known(input.transpose(dim0, dim1), input.layer, not input.turned, input.experts, input.masters)
 
 
-def _turn_all(weight: Any) -> Tensor | None:
-    """`.T` and `.t()`"""
-    return _turn(weight, 0, 1) if weight.dim() == 2 else None
+def _t(input: Any) -> Tensor | None:
+    """`.t()` and `.T`"""
+    return _transpose(input, 0, 1) if input.dim() == 2 else None
 
 
-def _pick(weight: Any, which: Any) -> Tensor | None:
+def _mt(input: Any) -> Tensor | None:
+    """`.mT`"""
+    return _transpose(input, -2, -1)
+
+
+def _getitem(input: Any, which: Any) -> Tensor | None:
     """`weight[expert]` and `weight[experts]`"""
     numbers = isinstance(which, Tensor) and which.dim() < 2 and which.dtype in (torch.int32, torch.int64)
-    if not isinstance(weight, ReadWeight) or weight.dim() != 3 or not (numbers or type(which) is int):
+    if not _is_experts(input, picked=False) or not (numbers or type(which) is int):
         return None
-    if weight.masters is None:
-        weight.masters = _trained(weight.layer)[0].unbind(-1)
-    return _known(weight[which], weight.layer, weight.turned, which, weight.masters)
+    if input.masters is None:
+        input.masters = _trained(input.layer)[0].unbind(-1)
+    return _known(input[which], input.layer, input.turned, which, input.masters)
 
 
-def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
-    """`F.linear`"""
-    if not isinstance(weight, ReadWeight) or weight.turned or weight.dim() != 2:
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor | None:
+    return _product(input, weight, bias) if _is_matrix(weight, turned=False) else None
+
+
+def _matmul(input: Any, other: Any) -> Tensor | None:
+    """`x @ weight`"""
+    if not _is_matrix(other, turned=True) or isinstance(input, ReadWeight) or input.dim() < 2:
         return None
-    return _product(x, weight, bias)
+    return _product(input, other, None)
+
+
+def _mm(input: Any, mat2: Any) -> Tensor | None:
+    return _matmul(input, mat2)
+
+
+def _product(x: Tensor, weight: ReadWeight, bias: Tensor | None) -> Tensor:
+    bias_master = bias if bias is not None and bias.requires_grad else None
+    bias = None if bias is None else bias.detach()
+    master, index, axis, check = _trained(weight.layer)
+    if weight.experts is None:
+        return slice_linear(x, weight.layer.matrix, bias, master, index, axis, bias_master, check)
+    assert weight.masters is not None
+    expert: Any = weight.experts
+    return slice_experts.one_expert(
+        x, _experts_first(weight.layer), expert, bias, weight.masters, index, axis, bias_master, check
+    )
 
 
 def _embedding(
-    ids: Tensor,
+    input: Tensor,
     weight: Any,
     padding_idx: int | None = None,
     max_norm: float | None = None,
@@ -142,62 +190,67 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor | None:
-    """`F.embedding`"""
-    if max_norm or scale_grad_by_freq or sparse:
-        return None
-    if not isinstance(weight, ReadWeight) or weight.turned or weight.dim() != 2 or weight.experts is not None:
+    if not _is_matrix(weight, turned=False) or weight.experts is not None or max_norm or scale_grad_by_freq or sparse:
         return None
     master, index, axis, check = _trained(weight.layer)
-    return slice_embedding(ids, weight.layer.matrix, master, index, axis, padding_idx, check)
+    return slice_embedding(input, weight.layer.matrix, master, index, axis, padding_idx, check)
 
 
-def _matmul(x: Any, weight: Any) -> Tensor | None:
-    """`x @ weight`"""
-    if not isinstance(weight, ReadWeight) or not weight.turned or weight.dim() != 2 or isinstance(x, ReadWeight):
-        return None
-    return _product(x, weight, None)
-
-
-def _product(x: Tensor, weight: ReadWeight, bias: Tensor | None) -> Tensor | None:
-    layer = weight.layer
-    if len(layer.shape) > 2 and weight.experts is None:  # a convolution
+def _conv(
+    input: Tensor,
+    weight: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    if not isinstance(weight, ReadWeight) or weight.layer.installed is None or not weight.layer.place.is_layer:
         return None
     bias_master = bias if bias is not None and bias.requires_grad else None
     bias = None if bias is None else bias.detach()
-    master, index, axis, check = _trained(layer)
-    if weight.experts is None:
-        return slice_linear(x, layer.matrix, bias, master, index, axis, bias_master, check)
-    assert weight.masters is not None
-    expert: Any = weight.experts
-    return slice_experts.one_expert(
-        x, _experts_first(layer), expert, bias, weight.masters, index, axis, bias_master, check
+    master, index, axis, check = _trained(weight.layer)
+    each = [(n,) * (weight.dim() - 2) if isinstance(n, int) else n for n in (stride, padding, dilation)]
+    return slice_conv(
+        input,
+        weight.layer.matrix,
+        bias,
+        master,
+        index,
+        axis,
+        bias_master,
+        check,
+        stride=each[0],
+        padding=each[1],
+        dilation=each[2],
+        groups=groups,
     )
 
 
 def _grouped(
-    grouped_mm: Callable[..., Tensor], x: Tensor, weight: Any, offs: Tensor | None = None, **others: Any
+    grouped_mm: Callable[..., Tensor], input: Tensor, mat2: Any, offs: Tensor | None = None, **others: Any
 ) -> Tensor | None:
-    """`grouped_mm(x, weight, offs=offs)`: rows of `x`, sorted by expert, times the matrices of all of them."""
-    if not isinstance(weight, ReadWeight) or not weight.turned or weight.experts is not None or offs is None:
+    """Rows of `x`, sorted by expert, times the matrices of all of them."""
+    if not _is_experts(mat2, picked=False) or not mat2.turned or offs is None:
         return None
     if any(other is not None for other in others.values()):
         return None
-    return slice_experts.grouped(x, _experts_first(weight.layer), offs, *_trained(weight.layer), grouped_mm=grouped_mm)
+    return slice_experts.grouped(input, _experts_first(mat2.layer), offs, *_trained(mat2.layer), grouped_mm=grouped_mm)
 
 
-def _bmm(a: Any, b: Any) -> Tensor | None:
-    """`bmm` of a matrix for every row of `x`, from either side."""
-    turned = isinstance(b, ReadWeight)
-    weight, x = (b, a) if turned else (a, b)
-    if isinstance(x, ReadWeight) or weight.turned is not turned or not isinstance(weight.experts, Tensor):
+def _bmm(input: Any, mat2: Any) -> Tensor | None:
+    """A matrix for every row of `x`, from either side."""
+    turned = isinstance(mat2, ReadWeight)
+    weight, x = (mat2, input) if turned else (input, mat2)
+    if not _is_experts(weight, picked=True) or isinstance(x, ReadWeight) or weight.turned is not turned:
         return None
     if x.shape[1 if turned else 2] != 1:
         return None
-    gathered = weight.detach()
+    gathered, experts = weight.detach(), cast(Tensor, weight.experts)
     y = slice_experts.batched(
         x.squeeze(1 if turned else 2),
         gathered.transpose(1, 2) if turned else gathered,
-        weight.experts,
+        experts % weight.layer.shape[-1],  # a negative number counts from the end
         *_trained(weight.layer),
         turned=turned,
     )
@@ -221,24 +274,37 @@ def _experts_first(layer: SliceLayer) -> Tensor:
     return layer.matrix.movedim(-1, 0)
 
 
+Route = Callable[..., Tensor | None]
 _FALLBACK = "grouped_mm_fallback"
 """transformers' operator for devices without grouped_mm; it is there once a mixture of experts has been imported."""
-
-_ROUTES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+_ROUTES: dict[Callable[..., Any], Route] = {
     F.linear: _linear,
     F.embedding: _embedding,
+    torch.conv1d: _conv,
+    torch.conv2d: _conv,
+    torch.conv3d: _conv,
     torch.matmul: _matmul,
-    torch.mm: _matmul,
     Tensor.matmul: _matmul,
-    Tensor.mm: _matmul,
     Tensor.__matmul__: _matmul,
-    Tensor.__getitem__: _pick,
-    Tensor.transpose: _turn,
-    torch.transpose: _turn,
-    Tensor.t: _turn_all,
-    torch.t: _turn_all,
-    Tensor.T.__get__: _turn_all,  # pyright: ignore[reportAttributeAccessIssue] -- a property
-    Tensor.mT.__get__: lambda weight: _turn(weight, -2, -1),  # pyright: ignore[reportAttributeAccessIssue] -- a property
+    torch.mm: _mm,
+    Tensor.mm: _mm,
     torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
     torch._grouped_mm: functools.partial(_grouped, F.grouped_mm),  # what F.grouped_mm calls
+    Tensor.__getitem__: _getitem,
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+    Tensor.t: _t,
+    torch.t: _t,
+    Tensor.T.__get__: _t,  # pyright: ignore[reportAttributeAccessIssue] -- a property
+    Tensor.mT.__get__: _mt,  # pyright: ignore[reportAttributeAccessIssue] -- a property
 }
+
+
+def _route(func: Callable[..., Any], named: dict[str, Any]) -> Route | None:
+    """What computes `func` for a weight that is read; None if torch does."""
+    route = functools.partial(_grouped, func) if getattr(func, "__name__", "") == _FALLBACK else _ROUTES.get(func)
+    if route is None or not named or isinstance(route, functools.partial):
+        return route
+    # `out`, and names that torch takes besides those of its documentation
+    return route if named.keys() <= inspect.signature(route).parameters.keys() else None

@@ -66,7 +66,8 @@ def _check(optimizer: Optimizer) -> None:
     unreached = [
         layer.name for (layer, _), m in zip(stepped, masters, strict=True) if m.requires_grad and m.grad is None
     ]
-    if 0 < len(unreached) < len(masters):
+    reached = any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
+    if unreached and reached:
         _warn(
             f"No gradient has reached {len(unreached)} of {len(masters)} slices before the first step of {type(optimizer).__name__}: "
             f"{listed(unreached)}. A part of the model that such examples do not use does this, and code that computes with `weight.data` "

@@ -39,7 +39,7 @@ def why_not(place: Place, owners: Counter[int], *, as_parameter: bool, train_bia
     if not as_parameter and not place.is_layer:
         return f"slices live in {BASE_LAYERS_IN_WORDS}; this is a {kind}. {LEAVE_OUT}"
     problem = _parameter_problem(place, kind) if as_parameter else _layer_problem(module, kind)
-    problem = problem or _value_problem(place.stored, kind) or _module_problem(module)
+    problem = problem or _value_problem(place.stored, kind) or _module_problem(place)
     if problem:
         return problem
     for name, parameter in ((place.parameter, place.stored), ("bias", place.bias if train_bias else None)):
@@ -67,13 +67,14 @@ def _value_problem(weight: Tensor, kind: str) -> str | None:
     return None
 
 
-def _module_problem(module: nn.Module) -> str | None:
+def _module_problem(place: Place) -> str | None:
+    module = place.module
     if getattr(getattr(module, "_hf_hook", None), "offload", False):
         return (
             "its weight is offloaded to the CPU or to disk, which is not supported yet. Load the model onto one device."
         )
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(module):
+    if not place.is_read and (any(hooks) or "forward" in vars(module)):
         return f"it has hooks or a `forward` of its own, which training a slice would pass by. Remove them, or register them after attaching. {LEAVE_OUT}"
     return None
 

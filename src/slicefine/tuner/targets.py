@@ -56,9 +56,10 @@ def find_parameters(model: nn.Module, config: SliceFineConfig) -> dict[str, list
     for name, module in _untuned_or_outermost(model):
         holder = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         matched = [p for p in holder._parameters if _names(config.target_parameters, f"{name}.{p}")]
-        blocks = config.layers_to_transform
-        if blocks is not None and not _blocks([name]) & {*([blocks] if isinstance(blocks, int) else blocks)}:
-            continue
+        if matched and config.layers_to_transform is not None:
+            by_suffix = copy.deepcopy(config)
+            by_suffix.target_modules = matched
+            matched = [p for p in matched if check_target_module_exists(by_suffix, f"{name}.{p}")]
         if matched and not _names(config.exclude_modules, name):
             wanted[name] = matched
     return wanted
@@ -124,13 +125,7 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
             problems.append(f"{weight_name(name, place) if name in parameters else name}: {problem}")
         else:
             sound[name] = place
-    for holder in find_parameters(model, config):
-        within = [name for name, place in targets.items() if name.startswith(f"{holder}.") and name not in parameters]
-        if within:
-            problems.append(
-                f"{holder}: its parameters and layers within it are not trained together, because the name of a layer would depend on what "
-                f"stands around it: {listed(within)}. Leave one of them out (`target_parameters`, `exclude_modules`)."
-            )
+    problems += _parameter_problems(model, config, targets)
     if not names_all_linear(config) and config.seals is None:
         problems += by_text(
             {
@@ -142,6 +137,53 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
             }
         )
     return problems
+
+
+def _parameter_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, Place]) -> list[str]:
+    """What is wrong with the modules around whose parameters layers are to stand, or stand already."""
+    named = find_parameters(model, config)
+    tuned = {name: m for name, m in _untuned_or_outermost(model) if isinstance(m, SliceLayer) and not m.place.is_layer}
+    problems = []
+    for holder in named:
+        within = [
+            name for name in targets if name.startswith(f"{holder}.") and name not in layer_names(holder, named[holder])
+        ]
+        inner = [
+            name for name, m in model.named_modules() if isinstance(m, SliceLayer) and name.startswith(f"{holder}.")
+        ]
+        within += [] if holder in tuned else inner
+        if within:
+            problems.append(f"{holder}: {_APART}: {listed(dict.fromkeys(within))}. {_ONE_OF_THEM}")
+        full = [
+            name for name in config.modules_to_save or () if re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", holder)
+        ]
+        if full:
+            problems.append(
+                f"{holder}: it is trained in full (`modules_to_save` names {full[0]!r}) or by slices, not both."
+            )
+        if isinstance(model.get_submodule(holder), nn.ParameterList | nn.ParameterDict):
+            problems.append(
+                f"{holder}: a list of parameters is read by the module around it, which slices cannot see. Leave it out."
+            )
+    for holder, layer in tuned.items():
+        within = [
+            f"{holder}.{name}"
+            for name, m in layer.get_base_layer().named_modules()
+            if name and _wants(config, f"{holder}.{name}", m)
+        ]
+        if within:
+            problems.append(f"{holder}: {_APART}: {listed(within)}. {_ONE_OF_THEM}")
+    return problems
+
+
+_APART = "its parameters and layers within it are not trained together, because the name of a layer would depend on what stands around it"
+_ONE_OF_THEM = "Leave one of them out (`target_parameters`, `exclude_modules`)."
+
+
+def _wants(config: SliceFineConfig, name: str, module: nn.Module) -> bool:
+    if names_all_linear(config):
+        return isinstance(module, LINEAR_LAYERS)
+    return bool(config.target_modules) and bool(check_target_module_exists(config, name))
 
 
 def clamped(targets: dict[str, Place], config: SliceFineConfig) -> dict[str, Shape]:
@@ -191,6 +233,10 @@ def _matching_problems(model: nn.Module, config: SliceFineConfig, targets: dict[
             known = {".".join(key.split(".")[-2:]) for key in parameters}
             problems.append(
                 f"`target_parameters` names {name!r}, which no parameter of the model is called.{did_you_mean(name, known)}"
+            )
+        elif name in parameters and "." not in name:
+            problems.append(
+                f"`target_parameters` names {name!r}, a parameter of the model itself, around which no layer can stand. Leave it out."
             )
     if config.layers_to_transform is not None:
         wanted = config.layers_to_transform

@@ -28,6 +28,8 @@ bench: $(READY)  ## measure times, memory and exactness; writes into benchmarks/
 	$(RUN) benchmarks/preflight.py
 	$(RUN) benchmarks/evaluation.py
 	$(RUN) benchmarks/export.py
+	$(RUN) benchmarks/conv_step_time.py
+	$(RUN) benchmarks/image_transfer.py
 
 clean:  ## remove the virtual environment and the demo's run
 	rm -rf $(VENV) runs/demo

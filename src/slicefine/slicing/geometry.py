@@ -10,8 +10,8 @@ the numbers that all experts of a mixture have in one place. That is our choice.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
 from dataclasses import dataclass
+from math import prod
 
 from slicefine.errors import SliceFineError, did_you_mean
 

@@ -15,9 +15,9 @@ def test_it_runs_and_writes_every_figure(tmp_path, monkeypatch):
     planning.main([*SMALL.split(), "--output", str(tmp_path)])
     (path,) = tmp_path.glob("planning-*.json")
     figures, rows, large = json.loads(path.read_text())["tables"]
-    assert [row["verdict"] for row in figures["rows"]] == ["met"] * 3
+    assert [row["verdict"] for row in figures["rows"]] == ["met", "met", "", "met"]
     assert {(row["settings"], row["method"]) for row in rows["rows"]} == {
         (settings, method) for settings in ("fp32", "bf16") for method in ("rows", "columns", "LoRA", "full")
     }
-    assert all(row["real saved, bytes"] > 0 for row in rows["rows"])
+    assert all(row["real peak, bytes"] > row["real saved, bytes"] > 0 for row in rows["rows"])
     assert large["rows"][0]["saved by few layers / by all"] == 1

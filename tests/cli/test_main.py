@@ -35,7 +35,7 @@ def test_help_version_and_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     nothing = capsys.readouterr().out
     assert nothing == help_of(capsys)
-    for verb in ("train", "evaluate", "export", "recipes", "demo"):
+    for verb in ("train", "evaluate", "plan", "bench", "export", "recipes", "demo"):
         assert re.search(rf"^ +{verb} +\S", nothing, re.MULTILINE)
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
@@ -86,12 +86,17 @@ def test_the_flags_of_train_are_a_decision(capsys: pytest.CaptureFixture[str]) -
     [
         (
             ["trian"],
-            "There is no verb 'trian'; there are train, evaluate, export, recipes, demo. Did you mean 'train'?",
+            "There is no verb 'trian'; there are train, evaluate, plan, bench, export, recipes, demo. Did you mean 'train'?",
         ),
         (["--verison"], "There is no argument '--verison' here. Did you mean '--version'?"),
         (
             ["train", "r.yaml", "--lr", "1e-3"],
             "There is no argument '--lr' here. Did you mean '--training.learning_rate'?",
+        ),
+        (["train", "r.yaml", "--training.lr", "1"], "'--training.lr' here. Did you mean '--training.learning_rate'?"),
+        (
+            ["train", "vit-base-pet"],
+            "There is no recipe 'vit-base-pet'. Did you mean 'vit-base-pets'? A recipe is a YAML file, or",
         ),
         (["train", "r.yaml", "--r", "3"], "There is no argument '--r' here."),
         (["train", "r.yaml", "--training.bf16"], "--training.bf16 takes a value: --training.bf16 VALUE"),

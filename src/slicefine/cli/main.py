@@ -89,7 +89,7 @@ def _in_words(error: ArgumentError, verbs: list[str], help_text: str) -> str:
     if found := re.search(r"(?:unrecognized arguments|ambiguous option): (\S+)", text):
         word = found[1].partition("=")[0]
         flags = sorted(set(re.findall(r"--[\w.-]+", help_text)))
-        usual = ELSEWHERE.get(word)
+        usual = ELSEWHERE.get(f"--{word.lstrip('-').rpartition('.')[2]}")
         near = f" Did you mean {usual!r}?" if usual in flags else did_you_mean(word, flags)
         return f"There is no argument {word!r} here.{near} See --help."
     if found := re.search(r"argument (--[\w.-]+).*expected (?:at least )?one argument", text):

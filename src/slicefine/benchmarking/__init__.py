@@ -1,0 +1,1 @@
+"""Costs of fine-tuning methods: predicted, and measured side by side."""

@@ -1,0 +1,186 @@
+"""The fine-tuning methods by name: ours, the paper's baselines, and controls. Names follow the paper's poster. Read without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from slicefine.errors import SliceFineError, did_you_mean
+from slicefine.slicing import ALTERNATE, COLUMN, ROW
+
+FROZEN, FULL, HEAD_ONLY = "frozen-limit", "full", "head-only"
+SLICEFINE, ROCOFT = "SliceFine", "RoCoFT"
+LORA, ADALORA, VERA, PREFIX, HRA, SHIRA = "LoRA", "AdaLoRA", "VeRA", "prefix", "HRA", "SHiRA"
+RANDOM_MASK = "random-mask"
+SPLIT_ROWS, SPLIT_COLUMNS = "split-rows", "split-columns"
+AXES = {"R": ROW, "C": COLUMN, "RC": ALTERNATE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A way to fine-tune a model, and how it is set where nothing else is asked for."""
+
+    title: str
+    r: int | None = None
+    """Rank; None = it has none."""
+    settings: str
+    """The settings other than the rank, in words."""
+    source: str
+    """Where rank and settings come from."""
+    speed_only: bool = False
+    """Whether it is there to be timed, and not to be trained."""
+
+
+KINDS = {
+    FROZEN: Kind(
+        title="no trainable weight; gradients flow through all activations",
+        settings="the input of the first block wants a gradient; no optimizer",
+        source="the lower limit of a step that propagates through all layers",
+        speed_only=True,
+    ),
+    FULL: Kind(title="every weight", settings="weights and moments in the dtype of the model", source="usual"),
+    HEAD_ONLY: Kind(title="the new head alone", settings="in full", source="usual"),
+    SLICEFINE: Kind(
+        title="a sliding slice of every weight: rows (R), columns (C), or in turn (RC)",
+        r=5,
+        settings="a move every 500 steps, adjacent positions",
+        source="poster: rank 1 or 5, N of about 500 steps",
+    ),
+    ROCOFT: Kind(
+        title="the first rows (R) or columns (C) of every weight, which do not slide",
+        r=5,
+        settings="rows; a slice of SliceFine without moves",
+        source="poster: as many parameters as SliceFine-5R (6.90 M and 6.89 M)",
+    ),
+    LORA: Kind(
+        title="low-rank updates",
+        r=8,
+        settings="lora_alpha = 2 r, no dropout",
+        source="r: PEFT's default; the rest: PEFT's comparison on MetaMathQA, LLM-Adapters (without their dropout of 0.05)",
+    ),
+    ADALORA: Kind(
+        title="low-rank updates with a budget of ranks",
+        r=8,
+        settings="target_r = r, init_r = 1.5 r, lora_alpha 8, orth_reg_weight 0.5; ranks are cut from 4 % of the steps to the last 10 %",
+        source="PEFT's defaults; the steps: PEFT's comparison on MetaMathQA",
+    ),
+    VERA: Kind(
+        title="vectors that scale frozen random projections",
+        r=256,
+        settings="d_initial 0.1, one pair of projections for all layers",
+        source="PEFT's defaults",
+    ),
+    PREFIX: Kind(
+        title="keys and values before those of the input; r is their number",
+        r=30,
+        settings="no projection",
+        source="LLM-Adapters",
+    ),
+    HRA: Kind(
+        title="Householder reflections",
+        r=8,
+        settings="no orthogonalization; r is even, as its start needs",
+        source="PEFT's defaults",
+    ),
+    SHIRA: Kind(
+        title="single weights at random places",
+        r=32,
+        settings="as many as LoRA of rank r has, mask `random`",
+        source="PEFT's defaults",
+    ),
+    RANDOM_MASK: Kind(
+        title="single weights at random places, by masking the gradient of the whole weight",
+        r=5,
+        settings="as many in every weight as r rows have; gradient and moments of the whole weight, in the dtype of the model",
+        source="poster: random masks match in accuracy, and are slow",
+    ),
+    SPLIT_ROWS: Kind(
+        title="the weight cut in three by rows, their outputs concatenated",
+        r=5,
+        settings="the slice in the middle; it does not move",
+        source="how public codes of SliceFine do it",
+        speed_only=True,
+    ),
+    SPLIT_COLUMNS: Kind(
+        title="the weight cut in three by columns, their outputs summed",
+        r=5,
+        settings="the slice in the middle; it does not move",
+        source="how public codes of SliceFine do it",
+        speed_only=True,
+    ),
+}
+"""Name of a kind -> kind, in the order of tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A kind of fine-tuning with its rank and axis."""
+
+    kind: str
+    r: int | None = None
+    axis: str | None = None
+    """`row`, `column` or `alternate` where the method has slices."""
+
+    @property
+    def name(self) -> str:
+        """As in the paper's tables; `method(name)` gives the method back."""
+        if self.kind in (SLICEFINE, ROCOFT):
+            letters = next(letters for letters, axis in AXES.items() if axis == self.axis)
+            return f"{self.kind}-{self.r}{letters}"
+        if self.r is None or (self.kind != LORA and self.r == KINDS[self.kind].r):
+            return self.kind
+        return f"{self.kind}-r{self.r}"
+
+    @property
+    def family(self) -> str:
+        """The method without its rank: what a sweep over ranks draws one line for."""
+        return f"{self.kind}-{self.axis}" if self.kind in (SLICEFINE, ROCOFT) else self.kind
+
+    @property
+    def speed_only(self) -> bool:
+        """Whether it is there to be timed, and not to be trained."""
+        return KINDS[self.kind].speed_only
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether it is slicefine's own tuner."""
+        return self.kind in (SLICEFINE, ROCOFT)
+
+    @property
+    def sizable(self) -> bool:
+        """Whether its rank may be chosen for a number of parameters; where the rank is in the name of the method, it may not."""
+        return self.kind in (LORA, ADALORA, VERA, PREFIX, HRA, SHIRA, RANDOM_MASK)
+
+    def of_rank(self, r: int) -> Method:
+        """The method with rank `r`; itself if it has none. HRA takes even ranks: an odd one is rounded up."""
+        if self.r is None:
+            return self
+        return dataclasses.replace(self, r=r + r % 2 if self.kind == HRA else r)
+
+
+METHODS = (
+    FROZEN, FULL, HEAD_ONLY,
+    *(f"{SLICEFINE}-{r}{letters}" for r in (1, 5) for letters in AXES),
+    f"{ROCOFT}-5R", "LoRA-r8", ADALORA, VERA, PREFIX, HRA, SHIRA, RANDOM_MASK, SPLIT_ROWS, SPLIT_COLUMNS,
+)  # fmt: skip
+"""Names of the methods that are compared where nothing else is asked for."""
+PATTERNS = "SliceFine-<r>R, <r>C or <r>RC, RoCoFT-<r>R or <r>C, and any other that has a rank as <name>-r<r>"
+
+
+def method(name: str) -> Method:
+    """The method called `name`, whatever the case of its letters. Raises `SliceFineError` if there is none."""
+    kinds = {kind.lower(): kind for kind in KINDS}
+    sliced = re.fullmatch(r"(slicefine|rocoft)-([1-9]\d*)(r|c|rc)", name.lower())
+    if sliced and (sliced[1], sliced[3]) != ("rocoft", "rc"):
+        return Method(kind=kinds[sliced[1]], r=int(sliced[2]), axis=AXES[sliced[3].upper()])
+    if name.lower() == "rocoft":
+        return Method(kind=ROCOFT, r=KINDS[ROCOFT].r, axis=ROW)
+    found = re.fullmatch(r"(.+?)(?:-r([1-9]\d*))?", name.lower())
+    kind = kinds.get(found[1]) if found else None
+    if found is None or kind in (None, SLICEFINE, ROCOFT) or (found[2] and KINDS[kind].r is None):
+        near = did_you_mean(name, METHODS)
+        raise SliceFineError(f"There is no method {name!r}; there are {', '.join(METHODS)}; also {PATTERNS}.{near}")
+    if kind == HRA and found[2] and int(found[2]) % 2:
+        raise SliceFineError(f"HRA takes even ranks, which its start needs; got {name!r}.")
+    return Method(kind=kind, r=int(found[2]) if found[2] else KINDS[kind].r)

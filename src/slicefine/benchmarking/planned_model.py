@@ -1,0 +1,289 @@
+"""What `slicefine plan` counts on: the model of a recipe from its configuration alone, its largest batch, and its loss."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
+
+from slicefine.benchmarking.models import BUILT_BY, CAUSAL_LM, IMAGE, MODELS, TEXT, VIDEO
+from slicefine.errors import SliceFineError, raise_all
+from slicefine.training.hub import model_problem
+from slicefine.training.recipe import Recipe
+from slicefine.training.tasks.text_classification import positions
+
+SIDE = 224
+"""Height and width of images for models that take any."""
+VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
+"""Attention without padding and without a matrix of masks, whose packages a plan does not need."""
+CLASSIFIERS = {
+    TEXT: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    IMAGE: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    VIDEO: modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING,
+    CAUSAL_LM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+}
+ENDINGS = {
+    "ForCausalLM": CAUSAL_LM, "LMHeadModel": CAUSAL_LM, "ForConditionalGeneration": CAUSAL_LM,
+    "ForSequenceClassification": TEXT, "ForMaskedLM": TEXT, "ForPreTraining": TEXT,
+    "ForImageClassification": IMAGE, "ForMaskedImageModeling": IMAGE, "ForVideoClassification": VIDEO,
+}  # fmt: skip
+"""How the class of a model ends, and what such a model is most often trained for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model that can be built as often as it is needed, and how it is trained."""
+
+    config: Any
+    """Its configuration, of transformers."""
+    recipe: Recipe
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        named = self.recipe.model.dtype
+        return (self.config.dtype or torch.float32) if named == "auto" else getattr(torch, named)
+
+    @property
+    def variable_length(self) -> bool:
+        """Whether attention is computed without padding and masks."""
+        return self.recipe.model.attn_implementation in VARIABLE_LENGTH
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed, by transformers' names."""
+        return self.recipe.model.attn_implementation or self.build().config._attn_implementation or "eager"
+
+    @property
+    def joined(self) -> bool:
+        """Whether the packed sequences of a batch are one, with a mask that keeps examples apart."""
+        data = self.recipe.data
+        return self.recipe.task == CAUSAL_LM and data.packing and data.packing_strategy != "wrapped"
+
+    @property
+    def padded(self) -> bool:
+        """Whether the longest batch has a mask: one of texts of different lengths, or of packed examples."""
+        recipe = self.recipe
+        if self.variable_length or recipe.task not in (TEXT, CAUSAL_LM):
+            return False
+        return self.joined or (recipe.training.per_device_train_batch_size > 1 and not recipe.data.packing)
+
+    @property
+    def layers(self) -> int:
+        """Layers of the language model, or of all; 0 where the configuration does not say."""
+        return getattr(self.config.get_text_config(), "num_hidden_layers", None) or 0
+
+    def groups(self) -> tuple[int, int, int] | None:
+        """`(few, group, times)`: the model is one of `few` layers and `times` times a `group` of layers, each group the same.
+
+        None where that cannot be known, or would not make it shorter.
+        """
+        kinds = getattr(self.config.get_text_config(), "layer_types", None) or [None]
+        group = next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+        few = group + self.layers % group
+        if self.layers < 2 * (few + group) or self.recipe.slice.layers_to_transform is not None:
+            return None
+        times = (self.layers - few) // group
+        made = (self.with_layers(few), self.with_layers(few + group), self)
+        small, larger, whole = (sum(p.numel() for p in of.build().parameters()) for of in made)
+        return (few, group, times) if whole == small + times * (larger - small) else None
+
+    def with_layers(self, number: int) -> Subject:
+        """The same model with fewer layers."""
+        config = copy.deepcopy(self.config)
+        text = config.get_text_config()
+        text.num_hidden_layers = number
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:number]
+        return dataclasses.replace(self, config=config)
+
+    def build(self, device: str = "meta") -> PreTrainedModel:
+        """A new model with random weights, on the meta device none, in training mode. Raises `SliceFineError` if transformers cannot build it."""
+        named = self.recipe.model.attn_implementation
+        attention = "sdpa" if self.variable_length else named
+        made: Any = getattr(transformers, BUILT_BY[self.recipe.task])
+        try:
+            with torch.device(device):
+                model = made.from_config(self.config, dtype=self.dtype, attn_implementation=attention)
+        except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
+            raise SliceFineError(
+                f"`model.name`: transformers builds no {made.__name__.removeprefix('Auto')} from the configuration of "
+                f"{self.recipe.model.name} ({self.config.model_type}): {str(error).splitlines()[0]}"
+            ) from error
+        return model.train()
+
+    def inputs(self) -> dict[str, Tensor]:
+        """A batch of the largest size that the recipe allows, labels included; its values mean nothing.
+
+        Texts `(batch, tokens)`, images `(batch, channels, height, width)`, clips `(batch, frames, channels, height, width)`.
+        """
+        recipe, batch = self.recipe, self.recipe.training.per_device_train_batch_size
+        if recipe.task in (TEXT, CAUSAL_LM):
+            shape = (1, batch * recipe.data.max_length) if self.joined else (batch, recipe.data.max_length)
+            tokens = torch.zeros(shape, dtype=torch.long)
+            inputs = {"input_ids": tokens}
+            inputs |= {"position_ids": tokens} if self.joined else {"attention_mask": torch.ones_like(tokens)}
+            labels = torch.zeros_like(tokens) if recipe.task == CAUSAL_LM else self._classes(batch)
+            return inputs | {"labels": labels}
+        vision = getattr(self.config, "vision_config", self.config)
+        side = getattr(vision, "image_size", None) or SIDE
+        height, width = (side, side) if isinstance(side, int) else side
+        frames = (self.config.num_frames,) if recipe.task == VIDEO else ()
+        pixels = torch.zeros(batch, *frames, getattr(vision, "num_channels", 3), height, width, dtype=self.dtype)
+        return {"pixel_values": pixels, "labels": self._classes(batch)}
+
+    def _classes(self, batch: int) -> Tensor:
+        number = self.config.problem_type == "regression"
+        return torch.zeros(batch, dtype=torch.float32 if number else torch.long)
+
+    @property
+    def widths(self) -> frozenset[int]:
+        """Numbers in the last dimension of logits of a language model: the vocabulary, or the part that is computed at a time."""
+        if self.recipe.task != CAUSAL_LM:
+            return frozenset()
+        return frozenset({self.config.get_text_config().vocab_size, trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE})
+
+    def heads(self, model: PreTrainedModel) -> list[str]:
+        """Modules that no pretrained model has values for; they are trained in full."""
+        if self.recipe.task == CAUSAL_LM:
+            return []
+        backbone = model.base_model_prefix
+        return [
+            name
+            for name, module in model.named_children()
+            if name != backbone and any(True for _ in module.parameters())
+        ]
+
+
+def loss_of(model: nn.Module, recipe: Recipe, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """What computes the loss of `batch` as the trainer of the task does.
+
+    Args:
+        model: The model itself, or with an adapter around it, and of a causal language model as `prepare` made it.
+    """
+    called = cast(Any, model)
+    autocast = torch.autocast("cpu", torch.bfloat16) if recipe.training.bf16 else nullcontext()
+
+    def loss() -> Tensor:
+        with autocast:
+            if recipe.task != CAUSAL_LM:
+                return called(**batch).loss
+            # As TRL's SFTTrainer, which computes some logits at a time, and again in the backward pass.
+            return -called(**batch, use_cache=False, fused_lm_head=True).log_probs.sum() / batch["labels"].numel()
+
+    return loss
+
+
+def prepare(model: nn.Module, recipe: Recipe) -> None:
+    """What the trainer of the task does to the model, with an adapter or without, before it trains."""
+    base = cast(Any, model).get_base_model() if isinstance(model, PeftModel) else cast(PreTrainedModel, model)
+    if recipe.task == CAUSAL_LM:
+        trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    if recipe.training.activation_checkpointing:
+        base.activation_checkpointing_enable()
+
+
+@contextmanager
+def logits_in_place() -> Iterator[None]:
+    """Within this context the loss works on logits without tensors of its own, as its kernels do on a GPU; values are wrong."""
+    with ExitStack() as stack:
+        for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+            stack.enter_context(patch.object(chunked_logprob, name, lambda *_, **__: None))
+        yield
+
+
+# ---------------------------------------------------------------- configurations
+
+
+def read_config(name: str) -> Any:
+    """The configuration of the model `name`: one that `slicefine bench` knows, a folder, or a model of the hub.
+
+    Nothing but `config.json` is read. Raises `SliceFineError` if there is none, or one that transformers does not know.
+    """
+    if name in MODELS:
+        known = MODELS[name]
+        return getattr(transformers, known.config)(**known.sizes, dtype="bfloat16" if known.task == CAUSAL_LM else None)
+    offline = f"Without a network there are {', '.join(MODELS)}."
+    if problem := model_problem(name):
+        raise SliceFineError(f"{problem} {offline}")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise SliceFineError(
+            f"`model.name` is a folder with a config.json that transformers {transformers.__version__} knows, or the name of a model on the "
+            f"hub; that of {name!r} did not load: {str(error).splitlines()[0]} {offline}"
+        ) from error
+
+
+def guess_task(config: Any, name: str) -> str:
+    """What a model with this configuration is most likely trained for. Raises `SliceFineError` if it cannot be told."""
+    if name in MODELS:
+        return MODELS[name].task
+    kinds = config.architectures or []
+    found = next((task for kind in kinds for ending, task in ENDINGS.items() if kind.endswith(ending)), None)
+    known = [task for task, mapping in CLASSIFIERS.items() if type(config) in mapping]
+    if found in known:
+        return found
+    if VIDEO in known:
+        return VIDEO
+    if known:
+        return known[0]
+    raise SliceFineError(
+        f"`task` cannot be told from the configuration of {name} ({config.model_type}). Give it: --task {', '.join(BUILT_BY)}."
+    )
+
+
+def subject(recipe: Recipe, config: Any) -> Subject:
+    """The model of `recipe`, with the settings of the recipe put into its configuration.
+
+    Raises `SliceFineError` with all that does not fit.
+    """
+    problems = []
+    if getattr(config, "quantization_config", None) is not None:
+        problems.append(
+            f"`model.name` {recipe.model.name} is quantized; slices are trained in bf16, fp16 or fp32. Name the model it was made from."
+        )
+    if type(config) not in CLASSIFIERS[recipe.task]:
+        problems.append(
+            f"`task` is {recipe.task}, for which transformers has no model of the architecture {config.model_type}."
+        )
+    if recipe.task == VIDEO:
+        config.num_frames = recipe.data.num_frames or getattr(config, "num_frames", None)
+        if config.num_frames is None:
+            problems.append(f"video-classification is for models with `num_frames`; this is a {config.model_type}.")
+        elif config.num_frames % getattr(config, "tubelet_size", 1):
+            problems.append(f"`data.num_frames` is a multiple of {config.tubelet_size}; got {config.num_frames}.")
+    raise_all(problems, "Plan")
+    config.problem_type = "single_label_classification"
+    if recipe.data.label_kind == "number":
+        config.num_labels, config.problem_type = 1, "regression"
+    if recipe.task == TEXT and config.get_text_config().pad_token_id is None:  # as the task sets it, from the tokenizer
+        config.pad_token_id = config.get_text_config().pad_token_id = 0
+    made = Subject(config=config, recipe=recipe)
+    _refuse_longer(made)
+    return made
+
+
+def _refuse_longer(subject: Subject) -> None:
+    if subject.recipe.task not in (TEXT, CAUSAL_LM):
+        return
+    limits = [getattr(subject.config.get_text_config(), "max_position_embeddings", None), positions(subject.build())]
+    longest = min((limit for limit in limits if limit), default=None)
+    if longest and subject.recipe.data.max_length > longest:
+        raise SliceFineError(
+            f"`data.max_length` is at most what {subject.recipe.model.name} can read, {longest} tokens; got "
+            f"{subject.recipe.data.max_length}."
+        )

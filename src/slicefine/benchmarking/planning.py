@@ -1,0 +1,213 @@
+"""What a run will cost, before anything but the configuration of its model is downloaded.
+
+Numbers of parameters and the sizes of what is kept are exact, from shapes. Activations, gradients and the highest moment are
+counted on the real graph (`saved_bytes.py`). SliceFine, LoRA and full tuning are planned side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from slicefine.benchmarking.planned_cost import (
+    FULL,
+    LORA,
+    SLICEFINE,
+    Cost,
+    attached,
+    cost,
+    touched,
+)  # fmt: skip
+from slicefine.benchmarking.planned_model import Subject, subject
+from slicefine.errors import SliceFineError, SliceFineWarning
+from slicefine.slicing import COLUMN, ParameterCounts
+from slicefine.training.recipe import Recipe
+from slicefine.training.run import planned_steps
+from slicefine.tuner import parameter_counts
+from slicefine.tuner.inspection import tuned
+
+GPU, CPU = "gpu", "cpu"
+DEVICES = (GPU, CPU)
+OUTSIDE = {GPU: 2**30, CPU: 0}
+"""Bytes set aside for what is no tensor: the CUDA context, workspaces of libraries, and some fragmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """Another way to train, and what it needs."""
+
+    settings: dict[str, Any]
+    """Those of the recipe that differ, by dotted key."""
+    device: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will cost."""
+
+    recipe: Recipe
+    model: str
+    """Architecture, in transformers' word."""
+    gpu: bool
+    attention: str
+    """How it is computed, by transformers' names."""
+    padded: bool
+    """Whether texts of a batch are taken to differ in length, so that attention has a mask."""
+    counts: ParameterCounts
+    steps: int | None
+    """Length of the run; None where it is not known."""
+    moves: int | None
+    targets: int
+    """Weights that are sliced."""
+    coverage: float | None
+    """Share of the entries of these weights that the run will have trained."""
+    lora_rank: int | None
+    """Greatest rank of the run exported as LoRA."""
+    costs: list[Cost]
+    """SliceFine, LoRA, full."""
+    memory: int | None
+    """Bytes of the device."""
+    changes: list[Change]
+    """What would make it fit, evaluated; empty if it fits or no memory is given."""
+    smallest: Change | None
+    """Where no change makes it fit, the one that needs least."""
+
+    def fits(self, needed: int) -> bool:
+        """Whether so many bytes of tensors fit, beside what is no tensor."""
+        return self.memory is None or needed + OUTSIDE[GPU if self.gpu else CPU] <= self.memory
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `"24GiB"`, `"80 GB"` (10**9) or `"512MiB"`. Raises `SliceFineError` for anything else."""
+    units = {
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+        "TIB": 2**40,
+    }
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        number = re.fullmatch(r"\d+(?:\.\d+)?", text.strip())
+        fix = f"Write {text.strip()}GiB." if number else "Write 24GiB (2**30 bytes each) or 24GB (10**9), say."
+        raise SliceFineError(f"`--memory` is a number with a unit, above 0; got {text!r}. {fix}")
+    return int(float(found[1]) * units[found[2].upper()])
+
+
+def plan(
+    recipe: Recipe, config: Any, *, examples: int | None = None, memory: int | None = None, device: str = GPU
+) -> Plan:
+    """Plan the run of `recipe`.
+
+    Args:
+        config: Of its model, see `planned_model.read_config`.
+        examples: Training examples, for the length of the run; not needed where `training.max_steps` is given.
+        memory: Bytes of the device.
+        device: `"gpu"` or `"cpu"`: whose kernels are used.
+
+    Raises `SliceFineError` for settings that do not fit the model, and for a model whose graph depends on values.
+    """
+    gpu = device == GPU
+    steps = run_length(recipe, examples)
+    of = subject(recipe, config)
+    model = attached(of, SLICEFINE)
+    layers = tuned(model)
+    counts = parameter_counts(model, steps)
+    biases = sum(layer.slicefine_bias[a].numel() for _, layer, a in layers if a in layer.slicefine_bias)
+    shapes = [layer.shape for _, layer, _ in layers]
+    ranks = [min(sum(touched(recipe.slice_schedule, steps, shape)), *shape[:2]) for shape in shapes] if steps else []
+    costs = [cost(of, SLICEFINE, gpu=gpu, steps=steps, model=model)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SliceFineWarning)  # said when SliceFine was attached
+        costs += [cost(of, method, gpu=gpu) for method in (LORA, FULL)]
+    made = Plan(
+        recipe=recipe,
+        model=of.config.model_type,
+        gpu=gpu,
+        attention=of.attention,
+        padded=of.padded,
+        counts=counts,
+        steps=steps,
+        moves=None if steps is None else recipe.slice_schedule.moves(max(steps - 1, 0)),
+        targets=len(layers),
+        coverage=((counts.planned or 0) - biases) / sum(map(math.prod, shapes)) if steps else None,
+        lora_rank=max(ranks, default=None),
+        costs=costs,
+        memory=memory,
+        changes=[],
+        smallest=None,
+    )
+    return made if made.fits(costs[0].device) else _with_changes(made, config)
+
+
+def run_length(recipe: Recipe, examples: int | None) -> int | None:
+    """Optimizer steps of the run; None if neither they nor the number of examples are given."""
+    if examples is None and recipe.training.max_steps < 1:
+        return None
+    return planned_steps(examples or 0, recipe)
+
+
+# ---------------------------------------------------------------- what would make it fit
+
+
+def _with_changes(made: Plan, config: Any) -> Plan:
+    """`made`, which does not fit, with the changes that make it fit. Each is evaluated as the run itself was."""
+    training = made.recipe.training
+    column = {} if made.recipe.slice.axis == COLUMN else {"slice.axis": COLUMN}
+    checkpointing = {} if training.activation_checkpointing else {"training.activation_checkpointing": True}
+    batches = _smaller_batches(made, config, {}, made.costs[0].device)
+    both = column | checkpointing
+    least = _changed(made, config, both) if both else Change(settings={}, device=made.costs[0].device)
+    if made.fits(least.device):  # else neither alone does
+        single = [least] if len(both) == 1 else [_changed(made, config, change) for change in (column, checkpointing)]
+        fitting = [change for change in single if made.fits(change.device)] or [least]
+        return dataclasses.replace(made, changes=fitting + batches)
+    if not batches:
+        batches = _smaller_batches(made, config, both, least.device)
+    if batches:
+        return dataclasses.replace(made, changes=batches)
+    return dataclasses.replace(made, smallest=_changed(made, config, both | _batch(made.recipe, 1)))
+
+
+def _changed(made: Plan, config: Any, settings: dict[str, Any]) -> Change:
+    recipe = Recipe.from_flat(made.recipe.flat() | settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SliceFineWarning)  # said of the plan itself already
+        of = Subject(config=config, recipe=recipe)
+        needed = cost(of, SLICEFINE, gpu=made.gpu, deep=0).device
+    return Change(settings=settings, device=needed)
+
+
+def _batch(recipe: Recipe, size: int) -> dict[str, Any]:
+    """A smaller batch, which divides the present one, with as many examples in an optimizer step."""
+    training = recipe.training
+    if size == training.per_device_train_batch_size:
+        return {}
+    times = training.per_device_train_batch_size // size
+    return {
+        "training.per_device_train_batch_size": size,
+        "training.gradient_accumulation_steps": training.gradient_accumulation_steps * times,
+    }
+
+
+def _smaller_batches(made: Plan, config: Any, settings: dict[str, Any], needed: int) -> list[Change]:
+    """The largest batch that fits along with other changed `settings`, which need `needed` at the batch of the recipe."""
+    ours = made.costs[0]
+    fixed = ours.weights + ours.masters + ours.moments
+    assert made.memory is not None
+    batch = made.recipe.training.per_device_train_batch_size
+    share = (made.memory - OUTSIDE[GPU if made.gpu else CPU] - fixed) / max(1, needed - fixed)
+    sizes = [size for size in range(batch - 1, 0, -1) if batch % size == 0 and size <= batch * share]
+    # What grows with the batch grows in proportion, so larger ones need no evaluation; it may round to one too many.
+    for size in sizes[:2]:
+        change = _changed(made, config, settings | _batch(made.recipe, size))
+        if made.fits(change.device):
+            return [change]
+    return []

@@ -1,0 +1,168 @@
+"""A plan as text for people, and as a dictionary for machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slicefine.benchmarking.planned_cost import Cost
+from slicefine.benchmarking.planning import CPU, GPU, OUTSIDE, Change, Plan
+
+FORMAT = 1
+"""Of the dictionary; raised when a key changes its meaning."""
+
+NOTE = "Counted for the longest batch; what is assumed, and what is not counted: docs/planning.md."
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """All numbers of a plan; sizes in bytes."""
+    return {
+        "format": FORMAT,
+        "recipe": plan.recipe.flat(),
+        "architecture": plan.model,
+        "device": GPU if plan.gpu else CPU,
+        "attention": plan.attention,
+        "padded": plan.padded,
+        "parameters": {
+            "active": plan.counts.active,
+            "touched": plan.counts.touched,
+            "planned": plan.counts.planned,
+            "added": plan.counts.added,
+            "total": plan.counts.total,
+            "modules_to_save": plan.counts.modules_to_save,
+        },
+        "steps": plan.steps,
+        "moves": plan.moves,
+        "targets": plan.targets,
+        "coverage": plan.coverage,
+        "lora_rank": plan.lora_rank,
+        "methods": [_method(plan, cost) for cost in plan.costs],
+        "memory": plan.memory,
+        "set_aside": OUTSIDE[GPU if plan.gpu else CPU],
+        "changes": [_change(change) for change in plan.changes],
+        "smallest": None if plan.smallest is None else _change(plan.smallest),
+    }
+
+
+def _method(plan: Plan, cost: Cost) -> dict[str, Any]:
+    return {
+        "method": cost.method,
+        "active": cost.active,
+        "added": cost.added,
+        "heads": cost.heads,
+        "artifact": cost.artifact,
+        "weights": cost.weights,
+        "masters": cost.masters,
+        "moments": cost.moments,
+        "gradients": cost.step.gradients,
+        "originals_on_cpu": cost.originals,
+        "saved_for_backward": cost.step.saved,
+        "of_which_logits": cost.step.saved_logits,
+        "step": cost.step.peak,
+        "step_at_its_peak": cost.step.at_peak,
+        "device": cost.device,
+        "fits": None if plan.memory is None else plan.fits(cost.device),
+    }
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {"settings": change.settings, "device": change.device}
+
+
+def text(plan: Plan) -> str:
+    """The plan in tables and sentences."""
+    return "\n".join([*_head(plan), "", *_table(plan), "", *_verdict(plan), NOTE])
+
+
+def _head(plan: Plan) -> list[str]:
+    recipe, counts = plan.recipe, plan.counts
+    training, data = recipe.training, recipe.data
+    each = {
+        "text-classification": f"{data.max_length} tokens",
+        "causal-lm": f"{data.max_length} tokens",
+        "image-classification": "images",
+        "video-classification": "clips",
+    }[recipe.task]
+    extras = [
+        "bf16 autocast" if training.bf16 else "no autocast",
+        "activation checkpointing" if training.activation_checkpointing else "no checkpointing",
+        f"{plan.attention} attention" + (" with a mask" if plan.padded else ""),
+    ]
+    length = (
+        f"{plan.steps:,} steps" if plan.steps is not None else "length not known (--examples or --training.max_steps)"
+    )
+    planned = "not known" if counts.planned is None else f"{counts.planned:,}"
+    lines = [
+        f"{'model':<12} {recipe.model.name} ({plan.model}), {counts.total:,} parameters, {recipe.task}",
+        f"{'batch':<12} {training.per_device_train_batch_size} x {each}, accumulation {training.gradient_accumulation_steps}, {', '.join(extras)}, "
+        f"{'GPU' if plan.gpu else 'CPU'}",
+        f"{'slices':<12} {recipe.slice_schedule}, {plan.targets} weights",
+        f"{'parameters':<12} {counts.active:,} active, {counts.touched:,} touched, {planned} planned, {counts.added} added"
+        + (f"; {counts.modules_to_save:,} in new modules, trained in full" if counts.modules_to_save else ""),
+        f"{'run':<12} {length}"
+        + ("" if plan.moves is None else f", {plan.moves} moves")
+        + ("" if plan.coverage is None else f", {plan.coverage:.2%} of these weights trained in the end"),
+    ]
+    if plan.lora_rank is not None:
+        lines.append(f"{'as LoRA':<12} rank {plan.lora_rank} when exported")
+    return lines
+
+
+def _table(plan: Plan) -> list[str]:
+    at_most = "" if plan.steps is not None else " at most"
+    costs = plan.costs
+    rows: list[tuple[str, list[str]]] = [
+        ("", [cost.method for cost in costs]),
+        ("active parameters", [f"{cost.active:,}" for cost in costs]),
+        ("weights", [size(cost.weights) for cost in costs]),
+        ("masters, adapters (trained)", [size(cost.masters) for cost in costs]),
+        ("AdamW's moments", [size(cost.moments) for cost in costs]),
+        ("gradients", [size(cost.step.gradients) for cost in costs]),
+        ("saved for backward", [size(cost.step.saved - cost.step.saved_logits) for cost in costs]),
+        ("logits", [size(max(cost.step.saved_logits, cost.step.at_peak.get("logits", 0))) for cost in costs]),
+        ("all of a step, at its peak", [size(cost.step.peak) for cost in costs]),
+        ("device, at its peak", [size(cost.device) for cost in costs]),
+        (f"originals, on the CPU{at_most}", [size(cost.originals) for cost in costs]),
+        (f"artifact{at_most}", [size(cost.artifact) for cost in costs]),
+    ]
+    first = max(len(name) for name, _ in rows)
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(costs))]
+    return [
+        f"{name:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for name, cells in rows
+    ]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    outside = OUTSIDE[GPU if plan.gpu else CPU]
+    aside = f", {size(outside)} set aside for what is no tensor" if outside else ""
+    if plan.memory is None:
+        return [
+            f"Give the memory of the device to know whether it fits: --memory 24GiB{aside and ' (' + aside[2:] + ')'}."
+        ]
+    ours = plan.costs[0]
+    names = [cost.method for cost in plan.costs if plan.fits(cost.device)]
+    lines = [
+        f"In {size(plan.memory)}{aside}: {', '.join(names) + ' fit' + 's' * (len(names) == 1) if names else 'nothing fits'}."
+    ]
+    if plan.fits(ours.device):
+        return lines
+    if plan.smallest is not None:
+        return [
+            *lines,
+            f"No batch, checkpointing or axis makes {ours.method} fit: with {_settings(plan.smallest)} it still needs "
+            f"{size(plan.smallest.device)}, {size(ours.weights)} of them weights.",
+        ]
+    return [*lines, f"{ours.method} fits with", *(f"  {_settings(c)}  ({size(c.device)})" for c in plan.changes)]
+
+
+def _settings(change: Change) -> str:
+    return " ".join(f"--{key} {str(value).lower()}" for key, value in change.settings.items())
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that suits them: `"21.92 GiB"`."""
+    value, units = float(count), ("bytes", "KiB", "MiB", "GiB")
+    unit = 0
+    while value >= 1024 and unit < len(units) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.2f} {units[unit]}" if unit else f"{count} bytes"

@@ -1,0 +1,90 @@
+"""How every model of a comparison is made: one architecture, device and precision, with the same weights for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slicefine.benchmarking.attaching import Attached, adapter_size, attach, equal_in_size, find_places
+from slicefine.benchmarking.methods import FULL, RANDOM_MASK, Method
+from slicefine.benchmarking.models import Architecture, batch_of, build
+from slicefine.benchmarking.settings import Settings
+from slicefine.errors import SliceFineError
+
+ROOM = 0.5
+"""Share of the free memory that weights, gradients and moments of all methods together may take: activations need the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """An architecture on a device."""
+
+    of: Architecture
+    device: str
+    dtype: torch.dtype
+    checkpointing: bool
+    compile: bool
+    seed: int
+
+    @classmethod
+    def of_settings(cls, settings: Settings, of: Architecture) -> Setup:
+        """The setup of one architecture, with what the settings leave open."""
+        device = device_of(settings)
+        dtype = settings.dtype or ("bfloat16" if device == "cuda" else "float32")
+        return cls(
+            of=of,
+            device=device,
+            dtype=getattr(torch, dtype),
+            checkpointing=settings.checkpointing,
+            compile=settings.compile,
+            seed=settings.seed,
+        )
+
+    def base(self) -> Any:
+        """A new model without any method, in training mode; the same weights every time."""
+        model = build(self.of, dtype=self.dtype, device=self.device, seed=self.seed)
+        if self.checkpointing:
+            model.activation_checkpointing_enable()
+        return model
+
+    def attach(self, method: Method, *, slide_every: int, total_steps: int = 1000) -> Attached:
+        """A new model, ready to be trained by `method`. Raises `SliceFineError` with the reason if it cannot be."""
+        attached = attach(
+            method,
+            self.base(),
+            task=self.of.task,
+            heads=self.of.heads,
+            slide_every=slide_every,
+            total_steps=total_steps,
+            seed=self.seed,
+        )
+        if self.compile:
+            attached.model.compile()
+        return attached
+
+    def batch(self, number: int) -> dict[str, Any]:
+        """The batch of round `number`; the same for all methods."""
+        return batch_of(self.of, dtype=self.dtype, device=self.device, seed=self.seed + number)
+
+    def sized(self, methods: Sequence[Method], reference: Method) -> list[Method]:
+        """`methods` with ranks that bring what they train nearest to what `reference` does; `reference` itself as it is."""
+        model = build(self.of, device="meta")
+        places = find_places(model, self.of.heads)
+        size = adapter_size(reference, model, places, self.of.heads)
+        sized = [one if one == reference else equal_in_size(one, size, model, places) for one in methods]
+        return list(dict.fromkeys(sized))
+
+    def bytes_of(self, methods: Sequence[Method]) -> int:
+        """Weights of a model for each method, with gradients and two moments where the method has them for all weights."""
+        weights = sum(p.numel() for p in build(self.of, device="meta").parameters()) * self.dtype.itemsize
+        return sum(weights * (4 if one.kind in (FULL, RANDOM_MASK) else 1) for one in methods)
+
+
+def device_of(settings: Settings) -> str:
+    """Where to measure. Raises `SliceFineError` if a GPU is asked for and there is none."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SliceFineError("`--device cuda` needs a GPU that torch can use; there is none. Leave it out, or use cpu.")
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")

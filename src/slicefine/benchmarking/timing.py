@@ -1,0 +1,200 @@
+"""Seconds of several things, measured so that the ratios between them can be trusted.
+
+Together: all are built before the clock starts and stay alive; a round runs each of them once on the same batch, in an order that is
+shuffled anew for every round. A machine that grows warm, or a neighbour that takes its time, slows all alike, and none always
+follows the same one. Freed memory stays with the process, so none pays for what another left behind.
+
+In turns, where they do not fit into memory together: each in turn is alone in memory, built, warmed up and run for half of the rounds;
+then again in the reverse order. Whatever changes steadily over the run slows all alike.
+
+Either way everything happens in one process, and Python's garbage collector runs between measurements only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from slicefine.errors import SliceFineError
+
+Run = Callable[[int], float]
+"""Runs once, on the batch of a round; returns its seconds."""
+Build = Callable[[], Run]
+
+TOGETHER, IN_TURNS = "together", "in turns"
+
+
+@dataclass(kw_only=True)
+class Measured:
+    """Seconds of every timed run by name, and why there are none."""
+
+    arrangement: str
+    """`together` or `in turns`."""
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    """Entry number i is from round i."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Name -> reason."""
+    interrupted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Ratio of two medians, with the least and greatest ratio within one round."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, above: Sequence[float], below: Sequence[float]) -> Ratio:
+        """`above / below`, entry by entry from the same rounds."""
+        within = [a / b for a, b in zip(above, below, strict=False)]
+        return cls(value=statistics.median(above) / statistics.median(below), low=min(within), high=max(within))
+
+
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """Seconds of `run()`, the work that it leaves to a GPU included."""
+    wait = torch.cuda.synchronize if device == "cuda" else _nothing
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def measure(
+    builds: Mapping[str, Build], *, rounds: int, warmup: int, seed: int, together: bool, title: str
+) -> Measured:
+    """Build and run everything; what fails is left out with its reason, and does not keep the others from being measured.
+
+    Ctrl-C ends it, and what was measured is kept: of the runs together, whole rounds.
+
+    Args:
+        title: What the progress bar says.
+    """
+    measured = Measured(arrangement=TOGETHER if together else IN_TURNS)
+    parts = [(rounds, list(builds))] if together else _turns(builds, rounds)
+    steps = sum((count + warmup) * len(names) for count, names in parts)
+    collecting = gc.isenabled()
+    gc.disable()
+    gc.freeze()  # what is there stays: looking through all of it would take longer than a step
+    with tqdm(total=steps, desc=title, unit="step", leave=False) as bar:
+        try:
+            for count, names in parts:
+                _run(measured, builds, names, rounds=count, warmup=warmup, seed=seed, bar=bar)
+        except KeyboardInterrupt:
+            measured.interrupted = True
+        finally:
+            gc.unfreeze()
+            if collecting:
+                gc.enable()
+    if together and measured.interrupted:
+        whole = min(map(len, measured.seconds.values()), default=0)
+        measured.seconds = {name: seconds[:whole] for name, seconds in measured.seconds.items() if whole}
+    return measured
+
+
+def _turns(builds: Mapping[str, Build], rounds: int) -> list[tuple[int, list[str]]]:
+    first, second = rounds - rounds // 2, rounds // 2
+    return [(first, [name]) for name in builds] + [(second, [name]) for name in reversed(list(builds)) if second]
+
+
+def _run(
+    measured: Measured,
+    builds: Mapping[str, Build],
+    names: Sequence[str],
+    *,
+    rounds: int,
+    warmup: int,
+    seed: int,
+    bar: tqdm,
+) -> None:
+    shuffler = random.Random(seed)
+    runs: dict[str, Run] = {}
+
+    def attempt(name: str, made: Callable[[], float | None]) -> float | None:
+        try:
+            return made()
+        except Exception as error:  # a method that fails in any way is a row with the reason
+            measured.failed[name] = reason(error)
+        runs.pop(name, None)
+        measured.seconds.pop(name, None)
+        return None
+
+    for name in names:
+        if name not in measured.failed:
+            gc.collect()  # what failed before
+            attempt(name, lambda name=name: runs.update({name: builds[name]()}))
+    if len(names) > 1:
+        gc.freeze()
+    for number in range(-warmup, rounds):
+        for name in shuffler.sample(sorted(runs), len(runs)):
+            gc.collect()
+            seconds = attempt(name, partial(runs[name], number + warmup))
+            if seconds is None:
+                gc.unfreeze()
+                gc.collect()
+                gc.freeze()
+            elif number >= 0:
+                measured.seconds.setdefault(name, []).append(seconds)
+            bar.update()
+    runs.clear()
+    if len(names) > 1:
+        gc.unfreeze()
+    release()
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be measured, in a line."""
+    if out_of_memory(error):
+        return "out of memory"
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    return first if isinstance(error, SliceFineError) else f"{type(error).__name__}: {first}"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory, of a GPU or of the host, was too small."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def release() -> None:
+    """Give back what is not in use any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: str) -> int | None:
+    """Memory that nothing uses; None where it is not known."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not on every system
+        return None
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep memory that is freed, instead of returning it to the system; False if it is not glibc.
+
+    glibc returns large blocks depending on what else is on its heap, and getting them back costs a page fault for every
+    4 KiB: with several models in one process, one of them pays for what its neighbour left behind.
+    """
+    trim_threshold, mmap_max = -1, -4  # names of the options, from malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def _nothing() -> None:
+    pass

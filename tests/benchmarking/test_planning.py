@@ -1,0 +1,244 @@
+"""A plan says before a run what is there after it."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planned import TINY, llama, recipe
+from torch import nn
+from transformers import Gemma3TextConfig, MixtralConfig, SwinConfig
+
+from slicefine.benchmarking import planned_cost
+from slicefine.benchmarking.models import MODELS
+from slicefine.benchmarking.planned_cost import FULL, LORA, SLICEFINE, attached, cost, repeated_step_memory, step_memory
+from slicefine.benchmarking.planned_model import Subject, guess_task, loss_of, prepare, read_config, subject
+from slicefine.benchmarking.planning import parse_memory, plan
+from slicefine.benchmarking.planning_report import as_dict, size, text
+from slicefine.errors import SliceFineError, SliceFineWarning
+from slicefine.tuner import parameter_counts
+from slicefine.tuner.inspection import tuned
+
+# ---------------------------------------------------------------- what is exact
+
+
+def trained(of: Subject, method: str, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A real model after `steps` optimizer steps."""
+    torch.manual_seed(0)
+    model = attached(of, method, "cpu")
+    prepare(model, of.recipe)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    for _ in range(steps):
+        train_step(of, model, optimizer)
+    return model, optimizer
+
+
+def train_step(of: Subject, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss_of(model, of.recipe, of.inputs())().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", [SLICEFINE, LORA])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"slice__axis": "column"},
+        {"slice__axis": "row", "slice__order": "random"},
+        {"model__dtype": "bfloat16", "slice__bias": "slicefine_only"},
+    ],
+    ids=str,
+)
+def test_sizes_are_those_of_a_real_run(method: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    made = recipe(**settings)
+    config = llama(attention_bias=True, dtype="float32")
+    of = subject(made, config)
+    planned = cost(of, method, gpu=False, steps=8)
+    model, optimizer = trained(of, method, 7)
+    moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    assert planned.moments == sum(t.nbytes for t in moments)
+    train_step(of, model, optimizer)  # with a move at its end, which forgets the moments
+
+    model.save_pretrained(tmp_path)
+    data = (tmp_path / "adapter_model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    assert planned.artifact == len(data) - header
+
+    masters = {id(p) for p in model.parameters() if p.requires_grad}
+    own = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    assert planned.masters == sum(own[key].nbytes for key in masters)
+    assert planned.weights == sum(t.nbytes for key, t in own.items() if key not in masters)
+    originals = 0
+    if method == SLICEFINE:
+        states = [layer.slicefine_state[adapter] for _, layer, adapter in tuned(model)]
+        originals = sum(values.nbytes for state in states for _, values in state.originals.stored().values())
+        originals += sum(state.bias.nbytes for state in states if state.bias is not None)
+    assert planned.originals == originals
+
+
+def test_counts_are_those_of_the_run() -> None:
+    made = plan(recipe(), llama(), device="cpu")
+    model, _ = trained(subject(recipe(), llama()), SLICEFINE, 7)
+    counts = parameter_counts(model, 7)
+    assert made.counts.planned == counts.planned == counts.touched
+    fresh = parameter_counts(attached(subject(recipe(), llama()), SLICEFINE, "cpu"))
+    assert (made.counts.active, made.counts.added, made.counts.total) == (fresh.active, 0, counts.total)
+    assert (made.steps, made.moves, made.lora_rank) == (7, 3, 12)
+    sizes = sum(layer.matrix.numel() for _, layer, _ in tuned(model))
+    assert made.coverage == counts.touched / sizes
+
+
+def test_the_length_of_the_run_is_that_of_the_trainer() -> None:
+    of = recipe(training__max_steps=-1, training__num_train_epochs=3, training__gradient_accumulation_steps=2)
+    assert plan(of, llama(), examples=20, device="cpu").steps == 9  # 5 batches, 3 steps a pass
+
+
+def test_a_run_of_unknown_length_is_planned_for_all_it_can_train() -> None:
+    unknown = plan(recipe(training__max_steps=-1), llama(), device="cpu")
+    endless = plan(recipe(training__max_steps=10_000), llama(), device="cpu")
+    assert (unknown.steps, unknown.counts.planned, unknown.coverage, unknown.lora_rank) == (None, None, None, None)
+    assert endless.coverage == 1
+    assert unknown.costs[0].artifact == endless.costs[0].artifact
+    assert "artifact at most" in text(unknown)
+
+
+def test_heads_are_the_same_for_all_methods() -> None:
+    of = recipe(task="image-classification", data__max_length=256)
+    costs = plan(of, read_config("vit-base-small"), device="cpu").costs
+    assert {made.heads for made in costs} == {512 * 100 + 100}
+
+
+# ---------------------------------------------------------------- deep models
+
+
+@pytest.mark.parametrize("method", [SLICEFINE, LORA])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        llama(num_hidden_layers=5),
+        Gemma3TextConfig(**TINY | {"num_hidden_layers": 10}, head_dim=8, sliding_window=8, sliding_window_pattern=2),
+    ],
+    ids=["llama", "gemma3"],
+)
+def test_layers_that_repeat_are_counted_as_if_all_were_made(config: Any, checkpointing: bool, method: str) -> None:
+    of = subject(recipe(training__activation_checkpointing=checkpointing), config)
+    short, whole = repeated_step_memory(of, method, gpu=True), step_memory(of, attached(of, method), gpu=True)
+    assert short is not None
+    assert (short.saved, short.gradients) == (whole.saved, whole.gradients)
+    assert short.peak == pytest.approx(whole.peak, rel=0.02)
+
+
+def test_layers_that_differ_are_all_made() -> None:
+    swin = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[2, 6], num_heads=[2, 2], window_size=2)
+    of = subject(recipe(task="image-classification", data__max_length=256), swin)
+    assert repeated_step_memory(of, SLICEFINE, gpu=True) is None
+    one_block = subject(recipe(slice__layers_to_transform=0), llama(num_hidden_layers=9))
+    assert repeated_step_memory(one_block, SLICEFINE, gpu=True) is None
+
+
+def test_12_billion_parameters_in_20_seconds_and_2_gigabytes() -> None:
+    """The values of the weights alone would take 24 GB. Seconds of one core, so that other processes do not count."""
+    made = recipe(
+        training__bf16=True, data__max_length=768, slice__r=5, slice__slide_every=500, training__max_steps=3648
+    )
+    began = time.process_time()
+    planned = plan(made, read_config("gemma-3-12b"), memory=parse_memory("64GiB"))
+    assert time.process_time() - began < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 10**6  # of 1,024 bytes
+    assert planned.counts.total > 11.7e9
+    assert [planned.fits(made.device) for made in planned.costs] == [True, True, False]
+    assert planned.costs[0].device > 40 * 2**30
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_what_does_not_fit_the_model_is_refused() -> None:
+    with pytest.raises(SliceFineError, match="at most what tiny can read, 64 tokens; got 65"):
+        plan(recipe(data__max_length=65), llama())
+    with pytest.raises(SliceFineError, match="no model of the architecture llama"):
+        plan(recipe(task="image-classification", data__max_length=256), llama())
+    with pytest.raises(SliceFineError, match="matches target_modules"):
+        plan(recipe(slice__target_modules=".*nothing.*"), llama())
+
+
+def test_a_quantized_model_is_refused() -> None:
+    with pytest.raises(SliceFineError, match="is quantized"):
+        plan(recipe(), llama(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}))
+
+
+def test_tubelets_that_frames_do_not_fill_are_refused() -> None:
+    of = recipe(task="video-classification", data__max_length=256, data__num_frames=5)
+    with pytest.raises(SliceFineError, match="a multiple of 2; got 5"):
+        plan(of, read_config("videomae-base-small"))
+
+
+def test_a_graph_that_depends_on_values_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Chooses(nn.Module):
+        """Takes another way for other values."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[x.sum(-1) > 0]
+
+    def chooses(*args: Any) -> nn.Module:
+        model = usual(*args)
+        model.get_base_model().model.norm = Chooses()
+        return model
+
+    usual = planned_cost.attached
+    monkeypatch.setattr(planned_cost, "attached", chooses)
+    with pytest.raises(SliceFineError, match="where it depends on values"):
+        cost(subject(recipe(), llama()), SLICEFINE, gpu=True)
+
+
+def test_a_mixture_of_experts_is_planned_where_its_layers_are_sliced() -> None:
+    config = MixtralConfig(**TINY, num_local_experts=4)
+    with pytest.warns(SliceFineWarning, match="three dimensions"):
+        made = plan(recipe(model__dtype="bfloat16"), config)
+    assert made.costs[0].step.saved > 0
+    with pytest.raises(SliceFineError, match="slices parameters that are no layers"):
+        plan(recipe(model__dtype="bfloat16", slice__target_parameters=["experts.down_proj"]), config)
+
+
+def test_unknown_models_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "of-tomorrow"}')
+    with pytest.raises(SliceFineError, match="of-tomorrow"):
+        read_config(str(tmp_path))
+    with pytest.raises(SliceFineError, match="there is no folder"):
+        read_config("/nowhere")
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-3b", "roberta-base", "vit-base", "videomae-base"])
+def test_the_task_is_told_from_the_configuration(name: str, tmp_path: Path) -> None:
+    config = read_config(name)
+    kinds = {"roberta-base": "RobertaForMaskedLM", "llama-3.2-3b": "LlamaForCausalLM", "vit-base": "ViTModel"}
+    config.architectures = [kinds[name]] if name in kinds else None
+    config.save_pretrained(tmp_path)
+    assert guess_task(read_config(str(tmp_path)), str(tmp_path)) == MODELS[name].task
+
+
+def test_the_dictionary_has_all_numbers() -> None:
+    made = as_dict(plan(recipe(), llama(), memory=2**30, device="cpu"))
+    assert [method["method"] for method in made["methods"]] == ["SliceFine-3RC", "LoRA-r8", "full"]
+    ours = made["methods"][0]
+    assert ours["device"] == ours["weights"] + ours["masters"] + ours["moments"] + ours["step"]
+    assert ours["step"] == sum(ours["step_at_its_peak"].values())
+    assert made["set_aside"] == 0
+    assert made["parameters"]["planned"] > made["parameters"]["active"] > 0
+
+
+def test_sizes_in_words() -> None:
+    assert [size(n) for n in (0, 1000, 2048, 3 * 2**30)] == ["0 bytes", "1000 bytes", "2.00 KiB", "3.00 GiB"]
+
+
+def test_full_tuning_has_gradients_and_moments_of_every_weight() -> None:
+    made = cost(subject(recipe(), llama(dtype="float32")), FULL, gpu=True)
+    assert made.step.gradients == 4 * made.active
+    assert made.moments == 8 * made.active
+    assert (made.masters, made.added, made.originals) == (0, 0, 0)

@@ -1,0 +1,175 @@
+"""Rounds: who runs when, on which batch, and what is kept when something goes wrong."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from slicefine.benchmarking.timing import Build, Measured, Ratio, measure, seconds_of
+from slicefine.errors import SliceFineError
+
+Log = list[tuple[str, int]]
+
+
+def logged(log: Log, name: str, seconds: float = 1.0) -> Build:
+    """A thing that writes down on which batches it has run, and says it took `seconds`."""
+
+    def run(number: int) -> float:
+        log.append((name, number))
+        return seconds
+
+    return lambda: run
+
+
+def rounds_of(builds: dict[str, Build], *, rounds: int = 4, warmup: int = 2, together: bool = True) -> Measured:
+    return measure(builds, rounds=rounds, warmup=warmup, seed=0, together=together, title="test")
+
+
+def test_every_round_runs_all_on_one_batch_in_an_order_of_its_own() -> None:
+    log: Log = []
+    measured = rounds_of({name: logged(log, name, seconds) for seconds, name in enumerate("abc", 1)}, rounds=6)
+    assert measured.seconds == {"a": [1] * 6, "b": [2] * 6, "c": [3] * 6}  # without the rounds of the warm-up
+    assert [number for _, number in log] == [number for number in range(8) for _ in "abc"]
+    orders = ["".join(name for name, _ in log[start : start + 3]) for start in range(0, 24, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) > 2
+    assert (measured.arrangement, measured.failed, measured.interrupted) == ("together", {}, False)
+
+
+def test_in_turns_each_is_alone_once_in_each_order() -> None:
+    log: Log = []
+    alive: weakref.WeakSet[object] = weakref.WeakSet()
+
+    class Alone:
+        def __init__(self, name: str) -> None:
+            alive.add(self)
+            self.name = name
+
+        def __call__(self, number: int) -> float:
+            assert len(alive) == 1
+            log.append((self.name, number))
+            return 1.0
+
+    builds: dict[str, Build] = {name: (lambda name=name: Alone(name)) for name in "ab"}
+    measured = rounds_of(builds, rounds=5, warmup=1, together=False)
+    assert "".join(name for name, _ in log) == "aaaabbbbbbbaaa"
+    assert [number for name, number in log if name == "a"] == [0, 1, 2, 3, 0, 1, 2]
+    assert measured.seconds == {"a": [1.0] * 5, "b": [1.0] * 5}
+    assert measured.arrangement == "in turns"
+
+
+def test_one_round_in_turns() -> None:
+    assert rounds_of({"a": logged([], "a")}, rounds=1, together=False).seconds == {"a": [1.0]}
+
+
+def too_much() -> float:
+    torch.empty(2**50, dtype=torch.uint8)
+    return 0.0
+
+
+def wrong() -> float:
+    raise RuntimeError("a first line\na second one")
+
+
+def refused() -> float:
+    raise SliceFineError("it does not fit this model")
+
+
+@pytest.mark.parametrize(
+    ("fail", "says", "failing_round", "together"),
+    [
+        (too_much, "out of memory", 3, True),
+        (wrong, "RuntimeError: a first line", 3, True),
+        *[(refused, "it does not fit this model", when, how) for when in (None, 0, 3) for how in (True, False)],
+    ],
+)
+def test_what_fails_is_left_out_with_its_reason(
+    fail: Callable[[], float], says: str, failing_round: int | None, together: bool
+) -> None:
+    log: Log = []
+
+    def build() -> Callable[[int], float]:
+        if failing_round is None:
+            fail()
+        return lambda number: fail() if number == failing_round else 1.0
+
+    measured = rounds_of({"a": logged(log, "a"), "bad": build, "c": logged(log, "c")}, together=together)
+    assert measured.failed == {"bad": says}
+    assert measured.seconds == {"a": [1.0] * 4, "c": [1.0] * 4}
+
+
+def test_a_gpu_without_memory_is_told_as_such() -> None:
+    def build() -> Callable[[int], float]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    assert rounds_of({"a": build}).failed == {"a": "out of memory"}
+
+
+def test_ctrl_c_keeps_whole_rounds() -> None:
+    log: Log = []
+
+    def build() -> Callable[[int], float]:
+        def run(number: int) -> float:
+            if number == 5:  # two of warm-up, three timed
+                raise KeyboardInterrupt
+            return 1.0
+
+        return run
+
+    measured = rounds_of({"a": logged(log, "a"), "b": build, "c": logged(log, "c")}, rounds=9)
+    assert measured.interrupted
+    assert measured.seconds == {name: [1.0] * 3 for name in "abc"}
+    assert gc.isenabled()
+
+
+def test_ctrl_c_in_turns_keeps_what_was_measured() -> None:
+    def interrupted() -> Callable[[int], float]:
+        raise KeyboardInterrupt
+
+    measured = rounds_of({"a": logged([], "a"), "b": interrupted}, rounds=4, together=False)
+    assert measured.interrupted
+    assert measured.seconds == {"a": [1.0, 1.0]}
+
+
+def test_the_collector_is_left_as_it_was_and_does_not_run_within_a_measurement() -> None:
+    collected: list[str] = []
+    running = False
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        if running:
+            collected.append(phase)
+
+    def build() -> Callable[[int], float]:
+        def run(number: int) -> float:
+            nonlocal running
+            running = True
+            for _ in range(2000):  # enough for the collector, if it is on
+                cycle: list[object] = []
+                cycle.append(cycle)
+            running = False
+            return 1.0
+
+        return run
+
+    gc.callbacks.append(watch)
+    try:
+        rounds_of({"a": build})
+    finally:
+        gc.callbacks.remove(watch)
+    assert collected == []
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_ratios_are_those_of_medians_and_of_single_rounds() -> None:
+    ratio = Ratio.of([2.0, 4.0, 9.0], [1.0, 4.0, 3.0])
+    assert (ratio.value, ratio.low, ratio.high) == (4 / 3, 1.0, 3.0)
+
+
+def test_the_clock() -> None:
+    assert 0.02 <= seconds_of(lambda: time.sleep(0.02), "cpu") < 1

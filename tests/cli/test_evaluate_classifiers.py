@@ -43,8 +43,10 @@ def test_a_classifier_as_a_user_does(run: Path, tmp_path: Path, capsys: pytest.C
     lines = done.stdout.splitlines()
     assert [line.split("  ")[0] for line in lines[:4]] == ["", "accuracy, %", "95 % interval", "examples"]
     assert lines[0].split() == ["SST-2"]
-    assert re.fullmatch(r"8 examples in \d+\.\d s, \d+ examples/s", lines[4])
-    assert len(lines) == 5
+    assert [line.split()[:1] for line in lines[4:9]] == [[], ["class"], ["negative"], ["positive"], []]
+    assert lines[9] == f"results: {run / 'evaluation' / 'glue' / 'results.json'}"
+    assert re.fullmatch(r"8 examples in \d+\.\d s, \d+ examples/s", lines[10])
+    assert len(lines) == 11
     bars = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
     assert all(line.startswith("sst2: ") for line in bars)
     assert len((run / "evaluation" / "glue" / "predictions.jsonl").read_text().splitlines()) == 8

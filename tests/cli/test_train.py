@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainerState
 
 from slicefine.cli.main import main
+from slicefine.training.progress import StepTimer
 from slicefine.training.recipe import Recipe
 
 SLICEFINE = [sys.executable, "-m", "slicefine.cli.main"]
@@ -42,6 +44,7 @@ def test_train_and_export(recipe_file: Path, tmp_path: Path) -> None:
         "loss",
         "accuracy",
         "f1_macro",
+        "classes",
         "parameters",
         "steps",
         "adapter",
@@ -90,6 +93,26 @@ def test_ctrl_c_and_resume(recipe_file: Path, tmp_path: Path) -> None:
         f"Interrupted after step {record['steps']} of 2000. Go on with: slicefine train {run}/recipe.yaml --resume"
         in log_text
     )
+
+
+def test_a_run_folder_stands_for_its_recipe(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = StepTimer.on_step_begin
+
+    def stop(self: StepTimer, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+        begin(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(StepTimer, "on_step_begin", stop)
+        assert main(["train", str(recipe_file), "--training.save_steps", "3"]) == 130
+    recipe_file.unlink()
+    assert main(["train", str(tmp_path / "run"), "--resume"]) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (record["status"], record["resumed_from"]) == ("finished", [6])
+    assert "\nclasses      3: food, space, sport\n" in capsys.readouterr().out
 
 
 def test_resume_of_nothing(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

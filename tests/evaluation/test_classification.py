@@ -170,8 +170,27 @@ def test_the_table_and_what_is_printed(run: Path, held: Path) -> None:
     assert printed[1].split() == ["accuracy,", "%", f"{5 * right}.0"]
     assert printed[2].split() == ["95", "%", "interval", f"{100 * low:.1f}-{100 * high:.1f}"]
     assert printed[3].split() == ["examples", "20"]
-    assert printed[4].startswith("20 examples in ")
-    assert len(printed) == 5
+    classes = result.tasks["held"]["classes"]
+    assert [line.split() for line in printed[4:9]] == [
+        [],
+        ["class", "right", "%"],
+        *([name, f"{of['right']}/10", f"{10 * of['right']}.0"] for name, of in classes.items()),
+        [],
+    ]
+    assert list(classes) == ["negative", "positive"]
+    assert printed[9] == f"results: {run / 'evaluation' / 'held' / 'results.json'}"
+    assert printed[10].startswith("20 examples in ")
+    assert len(printed) == 11
+
+
+def test_many_classes_are_not_printed(run: Path, held: Path) -> None:
+    result = score(run, data=held)
+    (of,) = {scores["examples"] for scores in result.tasks["held"]["classes"].values()}
+    for count in (20, 21):
+        result.tasks["held"]["classes"] = {
+            f"class-{n}": {"examples": of, "right": 1, "accuracy": 1 / of} for n in range(count)
+        }
+        assert ("class-0" in summary(result)) == (count == 20)
 
 
 def test_metrics_are_those_of_the_named_set(classifier: Callable[..., Path], tmp_path: Path) -> None:
@@ -430,7 +449,7 @@ def test_files_of_a_set(run: Path, tmp_path: Path, file: str) -> None:
         ({"suite": "glue", "tasks": ("rte",), "data": "DATA"}, r"validation\.jsonl or test\.jsonl \(or .json, .csv, .parquet\); .*rte has notes\.txt"),
         ({"data": "DATA/hold.jsonl"}, r"hold\.jsonl does not exist\. Did you mean 'held\.jsonl'\?"),
         ({"data": "DATA/empty.jsonl"}, "empty.jsonl has no examples"),
-        ({"data": "DATA/other.jsonl"}, r"other\.jsonl:1: no column 'text', 'label'; there are 'a'"),
+        ({"data": "DATA/other.jsonl"}, r"other\.jsonl has no column 'text', 'label'; there are 'a'"),
         ({"suite": "vtab-image"}, "is for text-classification; got --suite vtab-image. Give --suite glue, or --data"),
         ({"suite": "math"}, "is for text-classification; got --suite math. Give --suite glue, or --data"),
     ],
@@ -474,9 +493,9 @@ def test_another_set_needs_the_same_classes(
     # Numbers in a file of another set may mean anything.
     rows = [{"text": r["text"], "text_pair": "good", "label": r["label"]} for r in reviews(HELD, (0, 1))]
     write_table(tmp_path / "data" / "rte" / "validation.jsonl", rows)
-    assert "label 0 is not among the 2 classes of the model (negative, positive)" in refused(
-        run, suite="glue", tasks=("rte",), data=tmp_path / "data"
-    )
+    says = refused(run, suite="glue", tasks=("rte",), data=tmp_path / "data")
+    assert "label 0 is not among the 2 classes of the model." in says
+    assert "for a model with the classes negative, positive" in says
 
 
 def test_a_set_that_is_not_on_the_hub(run: Path, hub: Any) -> None:
@@ -507,7 +526,7 @@ def test_classes_without_names_are_numbered(classifier: Callable[..., Path], tmp
 @pytest.mark.parametrize(
     ("label", "says"),
     [
-        ("neutral", "label 'neutral' is not among the 2 classes of the model (negative, positive)"),
+        ("neutral", "label 'neutral' is not among the 2 classes of the model."),
         (2, "label 2 is not among the 2 classes"),
         (None, "'label' is an integer or a string; got null"),
         (True, "'label' is an integer or a string; got True"),
@@ -525,9 +544,20 @@ def test_labels_that_the_model_does_not_know(run: Path, tmp_path: Path, label: A
 def test_all_unknown_labels_are_named_at_once(run: Path, tmp_path: Path) -> None:
     path = write_table(tmp_path / "held.jsonl", reviews(HELD, ("bad", "good")))
     says = refused(run, data=path)
-    assert "11 problems" in says
+    assert says.startswith("Test sets, for a model with the classes negative, positive: 11 problems\n")
     assert f"{path}:10: label 'good'" in says
     assert "and 10 more like these" in says
+
+
+def test_columns_that_the_recipe_does_not_name(run: Path, tmp_path: Path) -> None:
+    rows = [{"text": row["text"], "kind": row["label"]} for row in reviews(HELD)]
+    says = refused(run, data=write_table(tmp_path / "held.jsonl", rows))
+    assert "held.jsonl has no column 'label'; there are 'text', 'kind'." in says
+    assert (
+        "as in the recipe that the model was trained with (text 'text', label 'label'): rename those of the file."
+        in says
+    )
+    assert "--data." not in says
 
 
 def test_bad_texts_are_named(run: Path, tmp_path: Path) -> None:
@@ -579,9 +609,13 @@ def test_models_that_do_not_fit(classifier: Callable[..., Path], base: Path, hel
     several = classifier("a", "b", name="several", problem_type="multi_label_classification")
     assert "gives an example several classes" in refused(several, data=held, **out)
     assert "has classes of the same name: a, a" in refused(classifier("a", "a", name="same"), data=held, **out)
-    assert "has no head for classification; got --suite glue. Give --suite commonsense or --suite math" in refused(
-        base, suite="glue", tasks=("sst2",), data=tmp_path, **out
-    )
+    for asked in ({"suite": "glue", "tasks": ("sst2",), "data": tmp_path}, {"data": held}):
+        says = refused(base, **asked, **out)
+        assert (
+            f"{base}, a BertModel, has no classification head. Train one (`slicefine train` with --model.name {base})"
+            in says
+        )
+        assert "math" not in says
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -25,8 +26,10 @@ from transformers import (
 from slicefine import SliceFineError
 from slicefine.cli.evaluate import summary
 from slicefine.evaluation.run import evaluate
+from slicefine.evaluation.sets import LabelledSet, under_its_own_name
 from slicefine.evaluation.settings import Settings
 from slicefine.training.clips import read_frames
+from slicefine.training.recipe import DataSettings
 
 HELD = range(20, 26)
 
@@ -114,7 +117,27 @@ def test_a_suite_in_local_folders(image_run: Path, tmp_path: Path, layout: str) 
         paint(tmp_path / "data" / "Pets" / "validation", range(3))
     result = score(image_run, suite="vtab-image", data=str(tmp_path / "data"), output=str(tmp_path / "out"))
     assert result.tasks["pets"]["examples"] == 12
-    assert result.table().splitlines()[0].split() == ["Oxford-IIIT", "Pets"]
+    # Two classes are no 37 breeds: the files have the name.
+    shown = tmp_path / "data" / "Pets" / layout
+    assert result.table().splitlines()[0].split() == [str(shown)]
+    said = f"This is not Oxford-IIIT Pets, which has 37 classes: the model has 2. The scores are those of {shown} alone"
+    assert said in summary(result)
+
+
+def test_a_local_set_with_the_classes_of_the_published_one_has_its_name(image_run: Path) -> None:
+    place = image_run.parent / "train"
+    data = DataSettings(name="pets", train=str(place))
+    one = LabelledSet(name="pets", title="Oxford-IIIT Pets", data=data, own=True)
+    assert under_its_own_name(one, 37) == one
+    assert under_its_own_name(one, 36).title == str(place)
+    of_hub = dataclasses.replace(one, data=dataclasses.replace(data, train="timm/oxford-iiit-pet"))
+    assert under_its_own_name(of_hub, 36) == of_hub
+
+
+def test_output_that_cannot_be_written(image_run: Path, tmp_path: Path) -> None:
+    data = str(paint(tmp_path / "held", HELD[:1]))
+    for output in ("/proc/x", str(image_run / "record.json" / "out")):
+        assert f"nothing can be made in {output} (" in refused(image_run, data=data, output=output)
 
 
 def test_a_suite_of_clips(clip_run: Path, tmp_path: Path) -> None:
@@ -202,7 +225,8 @@ def test_classes_that_the_model_does_not_know(image_run: Path, tmp_path: Path) -
     data = paint(tmp_path / "held", HELD)
     (data / "red").rename(data / "green")
     says = refused(image_run, data=str(data), output=str(tmp_path / "out"))
-    assert f"{data / 'green' / '20.png'}: label 'green' is not among the 2 classes of the model (blue, red)" in says
+    assert f"{data / 'green' / '20.png'}: label 'green' is not among the 2 classes of the model." in says
+    assert says.startswith("Test sets, for a model with the classes blue, red: 6 problems")
 
 
 def test_an_adapter_away_from_its_run(image_run: Path, clip_run: Path, tmp_path: Path) -> None:

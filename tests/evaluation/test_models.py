@@ -114,7 +114,7 @@ def test_what_cannot_be_evaluated(make_model: Callable[..., str], tmp_path: Path
             find(str(name))
 
     says(empty, r"empty has no adapter_config\.json and no config\.json")
-    says(tmp_path / "adaptr", r"there is no folder .*adaptr\. Did you mean 'adapter'\?")
+    says(tmp_path / "adaptr", r"there is no folder .*adaptr\. Did you mean '.*adapter'\?")
     says(
         run,
         r"A finished run is evaluated; .*run has no adapter yet. Finish it with .slicefine train .*recipe\.yaml --resume",

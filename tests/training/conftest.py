@@ -29,6 +29,12 @@ WORDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is no file or folder goes to the loaders, which tests replace, or fails at once, as it does offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT with random weights, two layers of 32 features, and a WordPiece tokenizer of the words above."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from slicefine import SliceFineError
 from slicefine.training import clips
-from slicefine.training.clips import Source, count_frames, read_frames
+from slicefine.training.clips import Source, count_frames, read_frames, too_few
 
 KINDS = [
     ("mp4", "mpeg4"),
@@ -171,6 +171,10 @@ def damaged(folder: Path, *, at: float = 0.5) -> bytes:
     begin = int(at * len(data))
     data[begin : begin + len(data) // 8] = bytes(len(data) // 8)
     return bytes(data)
+
+
+def test_a_clip_of_which_nothing_can_be_decoded_is_not_called_short() -> None:
+    assert too_few(0, 4) == "no frame could be decoded. Copy or download it again, or leave it out."
 
 
 def of_an_unknown_codec(folder: Path) -> bytes:

@@ -8,7 +8,8 @@ import datasets
 import pytest
 
 from slicefine import SliceFineError
-from slicefine.training.data import SHOWN_PROBLEMS, read_table
+from slicefine.training.data import SHOWN_PROBLEMS, read_table, read_tables
+from slicefine.training.recipe import DataSettings
 
 COLUMNS = ["text", "label"]
 
@@ -52,7 +53,9 @@ def test_missing_file(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").touch()
     with pytest.raises(SliceFineError, match=r"trian\.jsonl does not exist\. Did you mean 'train\.jsonl'\?"):
         read_table(str(tmp_path / "trian.jsonl"), COLUMNS)
-    with pytest.raises(SliceFineError, match="is a folder"):
+    with pytest.raises(
+        SliceFineError, match=r"is a folder; a task of texts reads files .* use a recipe of image-class"
+    ):
         read_table(str(tmp_path), COLUMNS)
 
 
@@ -70,6 +73,29 @@ def test_broken_jsonl(tmp_path: Path) -> None:
     assert f"{path}:3: each line is a JSON object; got '[1]'" in message
     assert f"{path}:4: no column 'label'; there are 'text'." in message
     assert f"{path}:5: '\\ud800' is half of a surrogate pair" in message
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_wrong_column_is_said_once_with_its_flag(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    rows: list[dict[str, Any]] = [{"txt": "a", "label": 1}] * 30
+    path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    with pytest.raises(SliceFineError) as error:
+        read_tables(DataSettings(train=str(path)), COLUMNS)
+    assert str(error.value) == (
+        f"{path}: in all 30 rows, no column 'text'; there are 'txt', 'label'. Did you mean 'txt'? "
+        "Name the right one with --data.text."
+    )
+    rows[4:7] = [{"text": "a", "label": 1}] * 3
+    path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    with pytest.raises(SliceFineError) as error:
+        read_tables(DataSettings(train=str(path), label="y"), ["txt", "y"])
+    first, second = str(error.value).splitlines()
+    assert first.startswith(f"{path}:1")
+    assert first.endswith(
+        "no column 'y'; there are 'txt', 'label'. Name the right one with --data.label. So in 26 more rows."
+    )
+    assert "no column 'txt', 'y'; there are 'text', 'label'. Did you mean 'text'? So in 2 more rows." in second
 
 
 def test_all_columns(tmp_path: Path) -> None:

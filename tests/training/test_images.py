@@ -13,7 +13,7 @@ from pictures import picture
 from PIL import Image
 
 from slicefine import SliceFineError
-from slicefine.training.images import check_image, drawn, read_image
+from slicefine.training.images import check_image, dark, drawn, read_image
 
 LEVELS = np.linspace(0, 255, 20 * 30).astype(np.uint8).reshape(20, 30)
 
@@ -49,6 +49,28 @@ def test_sixteen_bits_of_grey_are_scaled_and_not_cut_off(tmp_path: Path) -> None
     assert wide.mode.startswith("I;16")
     found = pixels(read_image(saved(wide, tmp_path / "a.png")))
     assert found.tolist() == np.stack([LEVELS] * 3, -1).tolist()
+
+
+@pytest.mark.parametrize("bits", [8, 12, 14, 15, 16])
+def test_numbers_of_fewer_bits_in_sixteen_are_dark_and_this_is_said(bits: int, tmp_path: Path) -> None:
+    largest: list[int] = []
+    for number in range(2):
+        levels = LEVELS.astype(np.uint16) * 257 >> (16 - bits)
+        path = saved(Image.fromarray(levels), tmp_path / f"{number}.png")
+        assert check_image(path, largest) is None
+        assert pixels(read_image(path)).max() == (2**bits - 1) >> 8
+    assert largest == [2**bits - 1] * 2
+    notes = dark(largest)
+    assert len(notes) == (bits < 15)
+    if notes:
+        assert f"The largest value in 2 images of 16 bits is {2**bits - 1} of 65535, which makes them dark" in notes[0]
+        assert f"fewer bits ({bits}, say)" in notes[0]
+
+
+def test_images_of_eight_bits_are_not_called_dark(tmp_path: Path) -> None:
+    largest: list[int] = []
+    assert check_image(saved(picture("red", 0), tmp_path / "a.png"), largest) is None
+    assert largest == dark(largest) == []
 
 
 def test_a_palette_with_transparency_says_nothing(tmp_path: Path) -> None:

@@ -69,6 +69,28 @@ def test_numbers_are_no_classes_and_the_message_says_what_they_could_be(typed: b
     assert "label_kind" not in refusal(labels.number, table(["x", "y", "z"]))
 
 
+def test_fractions_are_no_classes_in_a_file_of_texts_either() -> None:
+    """As in one where numbers are numbers; with a word among them they are words, and folders may be called so."""
+    values = ["0.5", "1.5", "3", "3"] * 2
+    message = refusal(labels.number, table(values, "train.csv", typed=False))
+    assert "4 problems" in message
+    assert (
+        "train.csv:2: 'label' is an integer or a string; got 1.5. To predict a number, set `data.label_kind` to number."
+        in message
+    )
+    assert (
+        refusal(labels.number, table([0.5, 1.5] * 2))
+        .splitlines()[1]
+        .endswith(
+            "train.jsonl:1: 'label' is an integer or a string; got 0.5. To predict a number, set `data.label_kind` to number."
+        )
+    )
+    for others in (table([*values, "high", "high"], "train.csv", typed=False), table(values, "photos", typed=False)):
+        assert "1.5" in labels.number({"train": others}, "label", where="Data").classes
+    integers = table(["10", "9"] * 2, "train.csv", typed=False)
+    assert labels.number({"train": integers}, "label", where="Data").classes == ["9", "10"]
+
+
 def test_what_was_found_elsewhere_is_raised_with_it() -> None:
     message = refusal(labels.number, table([0, None, 1]), problems=["train.jsonl:1: 'text' is empty."])
     assert "2 problems" in message
@@ -86,13 +108,13 @@ def test_numbers_to_predict() -> None:
 def test_what_is_no_number_is_named_by_line(value: Any) -> None:
     message = refusal(labels.values, table([1.0, value, 2.0, value]))
     assert "2 problems" in message
-    assert "train.jsonl:2: 'label' is a finite number; got " in message
-    assert "train.jsonl:4: 'label' is a finite number; got " in message
+    assert "train.jsonl:2: 'label' must be a finite number; got " in message
+    assert "train.jsonl:4: 'label' must be a finite number; got " in message
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "", "two"])
 def test_what_is_no_number_in_a_file_of_texts(value: str) -> None:
-    assert f"other.csv:2: 'label' is a finite number; got {value!r}." in refusal(
+    assert f"other.csv:2: 'label' must be a finite number; got {value!r}." in refusal(
         labels.values, table([1, 2]), table(["1", value], "other.csv", typed=False)
     ).replace("got nothing.", "got ''.")
 

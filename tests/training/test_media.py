@@ -56,7 +56,7 @@ def test_files_that_cannot_be_used_are_named_all_at_once(kind: str, tmp_path: Pa
     (files / "red" / "0.png").write_bytes(b"")
     (files / "blue" / "1.jpg").write_bytes(b"no image")
     said = refusal(source)
-    assert "2 images that cannot be used (to leave out such files, counted and named: --data.on_error skip)" in said
+    assert "2 of 12 images cannot be used. To leave out such files, counted and named: --data.on_error skip\n" in said
     assert "red/0.png" in said
     assert "it is empty" in said
     assert "blue/1.jpg" in said
@@ -68,26 +68,59 @@ def test_many_of_them_are_counted(tmp_path: Path) -> None:
     for path in [*tmp_path.glob("red/*"), *tmp_path.glob("blue/*")]:
         path.write_bytes(b"")
     said = refusal(tmp_path)
-    assert "16 images that cannot be used" in said
+    assert "16 of 24 images cannot be used" in said
     assert "and 6 more like these." in said
 
 
 def test_files_that_cannot_be_used_are_left_out_counted_and_named(tmp_path: Path) -> None:
     folder(tmp_path / "train", 4)
-    folder(tmp_path / "val", 2)
+    folder(tmp_path / "val", 2, first=4)
     (tmp_path / "train" / "red" / "0.png").write_bytes(b"")
     (tmp_path / "train" / "red" / "notes.txt").write_text("x")
-    (tmp_path / "val" / "blue" / "1.jpg").write_bytes(b"x")
+    (tmp_path / "val" / "blue" / "5.jpg").write_bytes(b"x")
     found = read(tmp_path, validation="val", on_error="skip")
     assert (len(found.train), len(found.validation)) == (11, 5)
     assert sorted(found.train.labels) == [0] * 4 + [1] * 4 + [2] * 3
     assert found.summary()["train"]["skipped"] == 2
     assert found.summary()["validation"]["skipped"] == 1
     (train, validation) = found.notes
-    assert train.startswith("2 of 13 images of the train set are left out, because they cannot be used: ")
-    assert "red/0.png: it is empty" in train
-    assert "red/notes.txt: the suffix .txt is not that of a known image file" in train
-    assert "blue/1.jpg: it is not an image" in validation
+    said, *lines = train.splitlines()
+    assert said == "2 of 13 images of the train set are left out, because they cannot be used:"
+    assert "red/0.png: it is empty" in lines[0]
+    assert "red/notes.txt: the suffix .txt is not that of a known image file" in lines[1]
+    assert "blue/5.jpg: it is not an image" in validation
+
+
+def test_the_note_of_many_names_the_first_ten(tmp_path: Path) -> None:
+    folder(tmp_path, 14)
+    for path in sorted(tmp_path.glob("red/*"))[:12]:
+        path.write_bytes(b"")
+    note = read(tmp_path, on_error="skip").notes[0]
+    assert len(note.splitlines()) == 12
+    assert note.endswith("\n  and 2 more like these.")
+
+
+def test_validation_files_that_are_training_files_are_counted(tmp_path: Path) -> None:
+    folder(tmp_path / "train", 4)
+    folder(tmp_path / "val", 2, first=4)
+    assert read(tmp_path, validation="val").notes == []
+    content = (tmp_path / "train" / "red" / "1.jpg").read_bytes()
+    for name in ("again.jpg", "and again.jpg"):
+        (tmp_path / "val" / "red" / name).write_bytes(content)
+    (tmp_path / "train" / "red" / "as large.jpg").write_bytes(content + b"x")
+    (tmp_path / "val" / "red" / "as large.jpg").write_bytes(content + b"y")
+    (note,) = read(tmp_path, validation="val").notes
+    assert note.startswith("2 of 9 validation files are training files too, byte by byte, the first: ")
+    assert f"{tmp_path / 'val/red/again.jpg'} is {tmp_path / 'train/red/1.jpg'}." in note
+
+
+def test_only_files_of_the_same_size_are_read_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "train", 4)
+    folder(tmp_path / "val", 2, first=4)
+    for number, path in enumerate(sorted(tmp_path.glob("*/*/*"))):
+        path.write_bytes(path.read_bytes() + bytes(5000 * number))  # of sizes that differ
+    monkeypatch.setattr(Path, "read_bytes", None)
+    assert read(tmp_path, validation="val").notes == []
 
 
 def test_nothing_left_or_a_class_lost_is_an_error_even_then(tmp_path: Path) -> None:

@@ -74,7 +74,30 @@ def test_a_split_that_is_not_used_is_said(tmp_path: Path) -> None:
     folder(tmp_path / "val", 1)
     (note,) = read(tmp_path, validation=0.5)["train"].notes
     assert "val is not used" in note
-    assert "Set it to val." in note
+    assert note.endswith("To validate on it: --data.validation val")
+
+
+def test_a_test_split_that_is_not_used_is_said(tmp_path: Path) -> None:
+    folder(tmp_path / "train", 2)
+    folder(tmp_path / "test", 1)
+    (note,) = read(tmp_path, validation=0.5)["train"].notes
+    assert note.startswith(f"{tmp_path / 'test'} is not used: ")
+    assert note.endswith("--data.validation test")
+    assert read(tmp_path, validation="test")["train"].notes == []
+    assert read(tmp_path, validation=0.5, train_split="test")["train"].notes == []
+
+
+def test_columns_that_a_folder_does_not_have_are_said(tmp_path: Path) -> None:
+    folder(tmp_path / "all", 2)
+    table(tmp_path / "table", 2)
+    rows = tmp_path / "table" / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"image"', '"img"'))
+    given = DataSettings(train=str(tmp_path / "all"), label="class")
+    (image, label) = read_sources(given, "img", IMAGES)["train"].notes
+    assert image == f"`data.image` ('img') is the column of a table, and is not used: {tmp_path / 'all'} is a folder."
+    assert "`data.label` ('class')" in label
+    given = DataSettings(train=str(tmp_path / "all"), validation=str(rows))
+    assert read_sources(given, "img", IMAGES)["train"].notes == []
 
 
 def test_train_may_be_a_class(tmp_path: Path) -> None:
@@ -158,6 +181,14 @@ def test_a_table_of_paths(suffix: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert labels(found) == [row["label"] for row in rows]
     assert found.problems == {}
     assert found.labels.places[0].endswith("(files/blue/0.png)")
+
+
+def test_a_column_that_a_table_does_not_have(tmp_path: Path) -> None:
+    rows = table(tmp_path, 2)
+    rows.write_text(rows.read_text().replace('"image"', '"img"'))
+    said = refusal(rows)
+    assert "no column 'image'; there are 'img', 'label'" in said
+    assert "Name the right one with --data.image." in said
 
 
 def test_what_is_wrong_with_a_table(tmp_path: Path) -> None:

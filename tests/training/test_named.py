@@ -5,6 +5,7 @@ from typing import Any
 
 import datasets
 import pytest
+from PIL import Image
 
 from slicefine import SliceFineError
 from slicefine.training.named import NAMED, SUITES
@@ -108,7 +109,8 @@ def test_the_unlabelled_test_split_is_refused(hub: list[tuple[str, str | None, s
 
 @pytest.mark.parametrize("name", ["sst2", "stsb", "pets", "ucf101"])
 def test_with_a_source_of_your_own_the_name_decides_labels_and_scores_alone(name: str, tmp_path: Path) -> None:
-    asked_for = recipe(name, data__train=str(tmp_path), data__label="y")
+    pair = {"data__text_pair": "other"} if name == "stsb" else {}
+    asked_for = recipe(name, data__train=str(tmp_path), data__label="y", **pair)
     assert asked_for.problems() == []
     data = asked_for.resolved().data
     assert (data.train, data.label, data.text, data.image, data.video) == (str(tmp_path), "y", "text", "image", "video")
@@ -136,9 +138,34 @@ def test_images_and_clips_by_name() -> None:
         ("sst2", {"data__subset": "cola"}, "`data.subset` of sst2 is sst2; got 'cola'."),
         ("pets", {"data__train_split": "test"}, "`data.train_split` of pets is train; got 'test'."),
         ("sst2", {"data__label_kind": "number"}, "`data.label_kind` of sst2 is class; got number. Leave it out."),
+        ("stsb", {"data__train": "a.csv"}, "`data.text_pair` is missing: stsb is of pairs of texts. Name the columns of both, as on the hub: --data.text sentence1 --data.text_pair sentence2"),
         (None, {}, "`data.train` is missing: "),
     ],
 )  # fmt: skip
 def test_what_does_not_go_with_a_name(name: str | None, changed: dict[str, Any], says: str) -> None:
     (problem,) = recipe(name, **changed).problems()
     assert says in problem
+
+
+def test_a_named_set_of_texts_has_its_own_number_of_classes(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"ball {n},{n % 3}\n" for n in range(12)))
+    read = get_task("text-classification").read
+    with pytest.raises(
+        SliceFineError, match=r"`data\.name` sst2 has 2 classes; the examples have 3: 0, 1, 2\. .*--data\.label"
+    ):
+        read(recipe("sst2", data__train=str(path)).resolved().data)
+    path.write_text("text,label\n" + "".join(f"ball {n},{n % 2}\n" for n in range(12)))
+    assert read(recipe("sst2", data__train=str(path)).resolved().data).classes == ["0", "1"]
+
+
+def test_a_few_classes_of_a_set_of_images_are_noted(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for n in range(4):
+            Image.new("RGB", (8, 8), (n, 0, len(label))).save(tmp_path / label / f"{n}{label}.png")
+    read = get_task("image-classification").read
+    note = "`data.name` pets has 37 classes; the examples have 2: cat, dog."
+    assert note in read(recipe("pets", data__train=str(tmp_path), data__validation=0.25).resolved().data).notes
+    unknown = read(recipe("caltech101", data__train=str(tmp_path), data__validation=0.25).resolved().data)
+    assert not any("has" in note and "classes" in note for note in unknown.notes)

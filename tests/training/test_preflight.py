@@ -258,7 +258,9 @@ def test_gradients_of_zero(tmp_path: Path) -> None:
 def test_nothing_is_written_when_it_fails(
     lm_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x @ self.gate_proj.weight.data.t() @ self.down_proj.weight.data.t())
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda self, x: x @ self.gate_proj.weight.data.t() @ self.down_proj.weight.data.t()
+    )
     with pytest.raises(SliceFineError, match=r"mlp\.gate_proj"):
         run.train(Recipe.from_flat(lm_settings))
     assert not (tmp_path / "run").exists()

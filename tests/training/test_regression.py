@@ -79,7 +79,7 @@ def test_a_head_of_another_size_goes_through_training_and_export(numbers: dict[s
 def test_what_is_no_number_is_found_before_training(value: Any, numbers: dict[str, Any], tmp_path: Path) -> None:
     path = Path(numbers["data.train"])
     path.write_text(path.read_text() + json.dumps({"text": "ball", "label": value}) + "\n")
-    with pytest.raises(SliceFineError, match=r"numbers\.jsonl:55: 'label' is a finite number; got "):
+    with pytest.raises(SliceFineError, match=r"numbers\.jsonl:55: 'label' must be a finite number; got "):
         train(Recipe.from_flat(numbers))
     assert not (tmp_path / "run").exists()
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from slicefine import SliceFineError, SliceFineWarning
 from slicefine.training.export import export
-from slicefine.training.folder import last_checkpoint
+from slicefine.training.folder import last_checkpoint, refuse_other_data
 from slicefine.training.progress import StepTimer
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import RunRecord
@@ -240,8 +240,15 @@ def test_resume_refuses_another_run(settings: dict[str, Any], data_file: Path, m
     assert "`training.learning_rate` was 0.005 and is 1.0 now." in str(error.value)
     with data_file.open("a") as file:
         file.write('{"text": "ball", "label": "sport"}\n')
-    with pytest.raises(SliceFineError, match=r"since the run in .* began, train and validation changed"):
+    rows = len(data_file.read_text().splitlines())
+    with pytest.raises(SliceFineError) as error:
         train(recipe, resume=True)
+    was = RunRecord.read(Path(recipe.output)).data
+    assert sum(was[name]["examples"] for name in ("train", "validation")) == rows - 1
+    assert f"train: {was['train']['examples']} examples, now {was['train']['examples'] + 1}; validation: " in str(
+        error.value
+    )
+    assert "sha256" not in str(error.value)
     assert before == (sorted(Path(recipe.output).rglob("*")), (Path(recipe.output) / "record.json").read_bytes())
 
 
@@ -301,6 +308,49 @@ def test_used_output(settings: dict[str, Any], tmp_path: Path) -> None:
         train(recipe)
 
 
+def test_output_that_cannot_be_written_is_refused_before_anything_is_read(settings: dict[str, Any]) -> None:
+    settings |= {"data.train": "/absent.jsonl"}
+    with pytest.raises(
+        SliceFineError, match=r"`--output` is a folder that can be written; nothing can be made in /proc/x"
+    ):
+        train(override(settings, output="/proc/x"))
+    with pytest.raises(SliceFineError, match=r"nothing can be made in .*config.json/run \(Not a directory\)"):
+        train(override(settings, output=f"{settings['model.name']}/config.json/run"))
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "says"),
+    [
+        ({"examples": 36}, {"examples": 37}, "train: 36 examples, now 37"),
+        ({"examples": 36, "skipped": 1}, {"examples": 36}, "train: 1 files left out, now 0"),
+        ({"source": "a", "examples": 3}, {"source": "b", "examples": 4}, "train: from a, now b, 3 examples, now 4"),
+        (
+            {"fingerprint": "a", "examples": 3},
+            {"fingerprint": "b", "examples": 3},
+            "train: 3 examples as before, but others",
+        ),
+        (["a", "b"], ["a", "c", "d"], "train: 2, now 3, without 'b' and with 'c', 'd'"),
+        (["a", "b"], ["b", "a"], "train: 2, now 2, in another order"),
+    ],
+)
+def test_what_differs_of_the_data_is_said_in_words(was: Any, now: Any, says: str, tmp_path: Path) -> None:
+    saved = RunRecord(task="text-classification", model="m", seed=0, started="", data={"train": was})
+    refuse_other_data(saved, {"train": was}, tmp_path)
+    with pytest.raises(SliceFineError) as error:
+        refuse_other_data(saved, {"train": now}, tmp_path)
+    assert f"({says}" in str(error.value)
+
+
+def test_no_more_processes_prepare_batches_than_there_are_cores(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slicefine.training.record.usable_cores", lambda: 1)
+    record = train(
+        override(settings, slice__slide_every=1, training__dataloader_num_workers=640, training__max_steps=2)
+    )  # torch warns of more
+    assert "Processes that prepare batches: 1, not 640; as many as there are cores." in record.notes
+
+
 @pytest.mark.parametrize(
     ("settings_changed", "says"),
     [
@@ -355,6 +405,7 @@ def test_bad_data_is_found_before_the_model_is_loaded(
 
 def test_a_hub_out_of_reach_is_found_at_once(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers would ask it for most of a minute."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
     began = time.perf_counter()

@@ -102,7 +102,7 @@ def test_a_folder_of_the_name_is_not_the_recipe(tmp_path: Path, monkeypatch: pyt
 def test_names_and_paths() -> None:
     assert shipped.find("llama-3.2-3b-math") == ROOT / "recipes" / "llama-3.2-3b-math.yaml"
     assert shipped.find("absent.yaml") == Path("absent.yaml")  # Recipe.load says what is wrong with it
-    with pytest.raises(SliceFineError, match=r"got 'llama-3b-math'\. Did you mean 'llama-3\.2-3b-math'\?"):
+    with pytest.raises(SliceFineError, match=r"no recipe 'llama-3b-math'\. Did you mean 'llama-3\.2-3b-math'\?"):
         shipped.find("llama-3b-math")
 
 
@@ -205,6 +205,24 @@ def test_every_recipe_for_texts_runs_with_a_tiny_model_of_its_architecture(name:
     assert record.metrics["after"].keys() == {"loss", *scores}
     config = AutoConfig.from_pretrained(folder / "run" / "adapter")
     assert (config.model_type, config.num_labels) == (architecture, 1 if task == "stsb" else classes)
+
+
+def test_a_regression_from_a_file_of_texts_can_be_tried(settings: dict[str, Any], tmp_path: Path) -> None:
+    """In CSV numbers are texts, and they are numbers in what the smoke test writes."""
+    path = tmp_path / "scores.csv"
+    path.write_text("text,label\n" + "".join(f"ball goal,{n % 26 / 5}\n" for n in range(60)))
+    folder = tmp_path / "smoke"
+    folder.mkdir()
+    said = smoke(Recipe.from_flat(settings | {"data.train": str(path), "data.label_kind": "number"}), folder)
+    assert "finished: 4 steps" in "\n".join(said)
+    assert not any(line.startswith("classes") for line in said)
+    assert RunRecord.read(folder / "run").metrics["after"].keys() == {"loss", "pearson", "spearman", "mse"}
+
+
+def test_the_smoke_test_names_the_classes(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "smoke"
+    folder.mkdir()
+    assert "classes    3: food, space, sport" in smoke(Recipe.from_flat(settings), folder)
 
 
 def test_the_smoke_test_takes_what_it_can_have_of_the_model(lm_settings: dict[str, Any], tmp_path: Path) -> None:

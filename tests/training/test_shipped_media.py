@@ -18,6 +18,7 @@ from slicefine.training.run import planned_steps
 from slicefine.training.smoke import smoke
 
 RECIPES = [f"vit-base-{name}" for name in SUITES["vtab-image"]]
+GENERIC = "vit-base-image-classification"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_ships() -> None:
-    assert sorted(name for name in shipped.shipped() if name.startswith("vit-")) == sorted(RECIPES)
+    assert sorted(name for name in shipped.shipped() if name.startswith("vit-")) == sorted([*RECIPES, GENERIC])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -66,7 +67,7 @@ def test_a_name_alone_means_the_hub_and_a_folder_is_taken_instead(name: str, ima
     assert (local.train, local.validation, local.image, local.label) == (str(images), 0.1, "image", "label")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, GENERIC])
 def test_every_recipe_runs_with_a_tiny_model(name: str, images: Path, tmp_path: Path) -> None:
     """Without a hub; all other settings are those of the recipe."""
     place = tmp_path / "smoke"
@@ -79,9 +80,15 @@ def test_every_recipe_runs_with_a_tiny_model(name: str, images: Path, tmp_path: 
     config = AutoConfig.from_pretrained(place / "model")
     assert AutoImageProcessor.from_pretrained(place / "model", backend="pil").size["height"] == config.image_size
     record = RunRecord.read(place / "run")
-    assert set(record.metrics["after"]) == {"loss", "accuracy"}
+    assert set(record.metrics["after"]) == {"loss", "accuracy", *(["f1_macro"] if name == GENERIC else [])}
     assert record.metrics["after"]["loss"] < record.metrics["before"]["loss"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["smoke"]
+
+
+def test_the_recipe_for_images_of_your_own_is_of_no_data_set() -> None:
+    recipe = Recipe.load(shipped.find(GENERIC))
+    assert recipe.problems() == []
+    assert (recipe.data.name, recipe.data.train, recipe.data.validation) == (None, "photos", 0.1)
 
 
 @pytest.mark.parametrize("architecture", ["swin", "dinov2", "convnext", "clip", "beit", "deit"])

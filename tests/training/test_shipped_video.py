@@ -18,6 +18,7 @@ from slicefine.training.run import planned_steps
 from slicefine.training.smoke import smoke
 
 RECIPES = [f"videomae-base-{name}" for name in SUITES["video"]]
+GENERIC = "videomae-base-video-classification"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_ships() -> None:
-    assert sorted(name for name in shipped.shipped() if name.startswith("videomae-")) == sorted(RECIPES)
+    assert sorted(name for name in shipped.shipped() if name.startswith("videomae-")) == sorted([*RECIPES, GENERIC])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -53,7 +54,13 @@ def test_the_method_is_the_papers_and_the_rest_is_declared(name: str) -> None:
     assert recipe.slice_schedule.moves(steps - 1) == moves == 7
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipe_for_clips_of_your_own_is_of_no_data_set() -> None:
+    recipe = Recipe.load(shipped.find(GENERIC))
+    assert recipe.problems() == []
+    assert (recipe.data.name, recipe.data.train, recipe.data.validation) == (None, "clips", 0.1)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, GENERIC])
 def test_every_recipe_runs_with_a_tiny_model(
     name: str, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,7 +68,8 @@ def test_every_recipe_runs_with_a_tiny_model(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = tmp_path / "smoke"
     folder.mkdir()
-    said = "\n".join(smoke(Recipe.load(shipped.find(name), {"data.train": str(clips)}), folder))
+    changed = {"data.train": str(clips), "data.validation": "test"}
+    said = "\n".join(smoke(Recipe.load(shipped.find(name), changed), folder))
     assert "a tiny videomae (" in said
     assert "finished: 4 steps, moves: 1, validation loss " in said
     assert "all examples read and checked (16 for train, 8 for validation)" in said
@@ -69,5 +77,5 @@ def test_every_recipe_runs_with_a_tiny_model(
     assert (config.num_frames, config.tubelet_size) == (16, 2)
     assert AutoImageProcessor.from_pretrained(folder / "model").crop_size["height"] == config.image_size
     record = RunRecord.read(folder / "run")
-    assert set(record.metrics["after"]) == {"loss", "accuracy"}
+    assert set(record.metrics["after"]) == {"loss", "accuracy", *(["f1_macro"] if name == GENERIC else [])}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["smoke"]

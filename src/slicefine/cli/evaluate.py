@@ -123,7 +123,11 @@ def run(given: Any) -> int:
 
 def summary(result: Outcome) -> str:
     """The table, and what to know of how it came about."""
-    lines = [result.table()] if result.tasks else []
+    from slicefine.evaluation.results import FILE
+
+    lines = [result.table(), *(f"\n{table}\n" for table in result.details())] if result.tasks else []
+    if result.folder is not None:
+        lines.append(f"results: {result.folder / FILE}")
     if result.searched:
         checked = result.contamination["tasks"] if result.contamination else []
         unchecked = ", ".join(task for task in result.tasks if task not in checked)

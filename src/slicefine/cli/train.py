@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from argparse import ArgumentError
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
 from slicefine.cli.quiet import quiet
-from slicefine.errors import SliceFineError
+from slicefine.errors import SliceFineError, listed
 from slicefine.training import schema
 from slicefine.training.extras import require_train
 from slicefine.training.recipe import Recipe
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 NAME = "train"
 HELP = "Fine-tune a model as a recipe says; every setting of the recipe can be given as a flag."
 
+SHOWN_CLASSES = 8
 MUCH_WAITING = 0.2
 """Share of the time of all steps, from which on a hint is given."""
 
@@ -29,7 +31,10 @@ def add(parser: ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.usage = "slicefine train RECIPE [--smoke | --resume [--allow_inexact_resume]] [--section.setting VALUE ...]"
     parser.add_argument(
-        "recipe", type=str, metavar="RECIPE", help="YAML file, or a name that `slicefine recipes` lists"
+        "recipe",
+        type=str,
+        metavar="RECIPE",
+        help="YAML file, a name that `slicefine recipes` lists, or a run folder, for the recipe in it",
     )
     parser.add_argument(
         "--smoke",
@@ -53,7 +58,7 @@ def explain(error: ArgumentError) -> str | None:
 def run(given: Any) -> int:
     """Train; returns 0, or 130 after Ctrl-C."""
     overrides = {key: value for key, value in vars(given.as_flat()).items() if key in schema.settings(Recipe)}
-    recipe = Recipe.load(find(given.recipe), overrides)
+    recipe = Recipe.load(_file(given.recipe), overrides)
     require_train()
     quiet()
     if given.get("smoke"):
@@ -69,10 +74,15 @@ def run(given: Any) -> int:
     return 130 if record.status == "interrupted" else 0
 
 
+def _file(name: str) -> Path:
+    """The recipe `name`: a run folder stands for the one in it."""
+    inside = Path(name) / "recipe.yaml"
+    return inside if inside.is_file() else find(name)
+
+
 def _smoke(recipe: Recipe, resume: bool) -> int:
     import shutil
     import tempfile
-    from pathlib import Path
 
     from slicefine.training.smoke import smoke
 
@@ -99,12 +109,14 @@ def summary(record: RunRecord, output: str) -> str:
         for name, before in record.metrics.get("before", {}).items()
         if name in record.metrics["after"]
     ]
+    classes: list[str] = record.data.get("classes", [])
     counts: Mapping[str, int | None] = record.parameters
     waited = record.timings.get("data_wait_share", 0.0)
     hint = f"{waited:.0%} of the time of steps was spent waiting for data: raise --training.dataloader_num_workers"
     return "\n".join(
         [
             *scores,
+            *([f"{'classes':<12} {len(classes)}: {listed(classes, SHOWN_CLASSES)}"] if classes else []),
             f"{'parameters':<12} {counts['active']:,} active, {counts['touched']:,} touched, {counts['added']} added",
             f"{'steps':<12} {record.steps}, {record.moves} moves, {record.timings.get('train_seconds', 0):.1f} s",
             *([f"{'waiting':<12} {hint}"] if waited > MUCH_WAITING else []),

@@ -23,6 +23,7 @@ from slicefine.evaluation.models import Source
 from slicefine.evaluation.predictions import Prediction, Predictions, Scores
 from slicefine.evaluation.session import clear, output_folder, saved, session
 from slicefine.evaluation.settings import Settings
+from slicefine.training import record as records
 from slicefine.training.folder import RECIPE
 from slicefine.training.recipe import DataSettings, Recipe
 
@@ -35,6 +36,7 @@ def evaluate(settings: Settings, source: Source, config: Any, task: str) -> Scor
     chosen = sets.choose(settings, trained)
     if settings.suite is None and trained is None and not classes:
         chosen = [_of_numbers(one) for one in chosen]
+    chosen = [sets.under_its_own_name(one, len(classes)) if classes else one for one in chosen]
     raise_all(labelled.head_problems(config, chosen), f"{settings.model} does not fit the data")
     folder = output_folder(settings, source, settings.suite or chosen[0].name)
     asked = {one.name: labelled.read(one, task, config, settings.limit) for one in chosen}
@@ -58,7 +60,7 @@ def evaluate(settings: Settings, source: Source, config: Any, task: str) -> Scor
         found = Predictions(folder)
     result = _result(known, settings, source, asked, checked, earlier)
     _summarise(result, asked, found)
-    workers = recipe.training.dataloader_num_workers if recipe else 0
+    workers = min(recipe.training.dataloader_num_workers, records.usable_cores()) if recipe else 0
     with session(result, folder, batch_size=settings.batch_size, counts="batches", per_second="examples") as this:
         for one in asked.values():
             _predict(one, classes, source, processor, model, found, this, workers)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from slicefine.errors import raise_all
+from slicefine.errors import SHOWN, SliceFineError, listed, raise_all
 from slicefine.evaluation import models
 from slicefine.evaluation.contamination import normalised
 from slicefine.evaluation.models import Source
-from slicefine.training.data import Table, read_table, shorten
+from slicefine.training.data import SUFFIXES, Table, read_table, shorten
 from slicefine.training.recipe import DataSettings
 from slicefine.training.tasks import get_task
 from slicefine.training.tasks.text_classification import positions, text_problems
@@ -61,11 +62,30 @@ def read(task: str, data: DataSettings, config: Any) -> Examples:
         config: Configuration of the model that they are for; it says how many frames of a clip it sees.
     """
     get_task(task)  # raises if a package that it needs is not installed
+    _refuse_other_columns(task, data)
     if task == "text-classification":
         return Texts(data)
     from slicefine.evaluation import media_inputs
 
     return media_inputs.read(task, data, config)
+
+
+def _refuse_other_columns(task: str, data: DataSettings) -> None:
+    """What `read_table` says of missing columns names flags of the training, which an evaluation does not have."""
+    assert data.train is not None
+    if Path(data.train).suffix.lower() not in SUFFIXES:
+        return
+    names = ("text", "text_pair", "label") if task == "text-classification" else (task.partition("-")[0], "label")
+    wanted = {name: getattr(data, name) for name in names if getattr(data, name)}
+    rows = read_table(data.train, None).rows
+    missing = [column for column in wanted.values() if rows and not any(column in row for row in rows)]
+    if missing:
+        present = list(dict.fromkeys(column for row in rows for column in row))
+        said = ", ".join(f"{name} {column!r}" for name, column in wanted.items())
+        raise SliceFineError(
+            f"Test sets: {data.train} has no column {', '.join(map(repr, missing))}; there are {listed(map(repr, present), SHOWN)}. Columns are "
+            f"called as in the recipe that the model was trained with ({said}): rename those of the file."
+        )
 
 
 class Texts:

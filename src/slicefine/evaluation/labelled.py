@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from slicefine.errors import SliceFineError, listed, raise_all
+from slicefine.errors import SHOWN, SliceFineError, listed, raise_all
 from slicefine.evaluation import inputs
 from slicefine.evaluation.inputs import Examples
 from slicefine.evaluation.sets import LabelledSet
@@ -68,7 +68,8 @@ def read(chosen: LabelledSet, task: str, config: Any, limit: int | None) -> Labe
         )
     rows = [row for row in rows if row not in bad]
     raise_all([] if rows else [f"no file of {table.source} can be used."], "Test sets")
-    return Labelled(of=chosen, examples=examples, rows=rows, labels={row: found[row] for row in rows}, notes=notes)
+    labels = {row: found[row] for row in rows}
+    return Labelled(of=chosen, examples=examples, rows=rows, labels=labels, notes=[*chosen.notes, *notes])
 
 
 def classes_of(config: Any) -> list[str]:
@@ -110,7 +111,7 @@ def _names(table: Table, column: str, classes: list[str], *, own: bool) -> tuple
     names = declared if declared and not unnamed else None
     notes: list[str] = []
     by_number = False
-    found, problems, hidden = [], [], []
+    found, problems, hidden, unknown = [], [], [], False
     for place, row in zip(table.places, table.rows, strict=True):
         label = row[column]
         if isinstance(label, str) and not table.typed and label not in known and label.lstrip("-").isdecimal():
@@ -131,12 +132,12 @@ def _names(table: Table, column: str, classes: list[str], *, own: bool) -> tuple
             found.append(classes[label])
             by_number = True
         else:
-            problems.append(
-                f"{place}: label {label!r} is not among the {len(classes)} classes of the model ({listed(classes)})."
-            )
+            problems.append(f"{place}: label {label!r} is not among the {len(classes)} classes of the model.")
+            unknown = True
     if hidden:
         problems.insert(0, f"{hidden[0]}: {len(hidden)} of {len(table.rows)} labels are -1. {HIDDEN}")
-    raise_all(shorten(problems), "Test sets")
+    known_ones = f", for a model with the classes {listed(classes, SHOWN)}" if unknown else ""
+    raise_all(shorten(problems), f"Test sets{known_ones}")
     if by_number:
         numbers = listed(f"{number} = {name}" for number, name in enumerate(classes))
         notes.append(f"The labels of {table.source} are taken as the numbers of the model's classes: {numbers}.")

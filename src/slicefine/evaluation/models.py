@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from slicefine.errors import SliceFineError, did_you_mean
+from slicefine.errors import SliceFineError
 from slicefine.evaluation.settings import Settings
 from slicefine.evaluation.suites import LABELLED, SUITES
 from slicefine.training import record as records
@@ -50,6 +50,8 @@ HEADS = {
     "ForVideoClassification": "video-classification",
 }
 """What the name of a class of transformers has in it -> task."""
+GENERATE = ("ForCausalLM", "LMHead", "ForConditionalGeneration")
+"""What the names of classes of language models have in them."""
 TASK_TYPES = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "text-classification"}
 """PEFT's names of tasks; it has none for images and clips."""
 
@@ -81,9 +83,8 @@ def find(name: str) -> Source:
     folder = Path(name)
     kinds = "A run folder, an adapter folder, a model folder or the name of a model on the hub is evaluated"
     if not folder.exists():
-        near = did_you_mean(folder.name, [path.name for path in folder.parent.glob("*")])
         if problem := model_problem(name):
-            raise SliceFineError(f"{kinds}. {problem.replace('`model.name`', 'The model')}{near}")
+            raise SliceFineError(f"{kinds}. {problem.replace('`model.name`', 'The model')}")
         return Source(name=name, base=name)
     if (folder / ADAPTER / "adapter_config.json").is_file():
         return _adapter(name, folder / ADAPTER, folder)
@@ -143,12 +144,18 @@ def task_of(source: Source, config: Any) -> str:
     return "causal-lm"
 
 
-def refuse_other_suite(settings: Settings, task: str) -> None:
+def refuse_other_suite(settings: Settings, task: str, source: Source, config: Any) -> None:
     """Raise `SliceFineError` unless the suite is one for models of this `task`."""
     fitting = [name for name in LABELLED if NAMED[LABELLED[name][0]].task == task] or list(SUITES)
     if settings.suite in fitting or (settings.suite is None and task != "causal-lm"):
         return
-    what = "a language model, or has no head for classification" if task == "causal-lm" else f"for {task}"
+    headless = [name for name in config.architectures or () if not any(word in name for word in GENERATE)]
+    if task == "causal-lm" and settings.classifies and headless and source.adapter is None:
+        raise SliceFineError(
+            f"A classifier is scored with the head that it was trained with; {settings.model}, a {headless[0]}, has no classification head. "
+            f"Train one (`slicefine train` with --model.name {settings.model}), and evaluate the run."
+        )
+    what = "a language model" if task == "causal-lm" else f"for {task}"
     given = f"got --suite {settings.suite}" if settings.suite else "there is no --suite"
     own = " or ".join(f"--suite {name}" for name in fitting)
     labelled = ", or --data with labelled examples" if task != "causal-lm" else ""

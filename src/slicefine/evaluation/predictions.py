@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import EvalPrediction
 
+from slicefine.errors import SHOWN
 from slicefine.evaluation.results import Outcome, aligned, proportion
 from slicefine.evaluation.store import Store
 from slicefine.training.metrics import METRICS, scores_of
@@ -95,6 +96,20 @@ class Scores(Outcome):
             str(s["examples"]) if s["examples"] == s["asked"] else f"{s['examples']} of {s['asked']}" for s in every
         ]
         return aligned(rows)
+
+    def details(self) -> list[str]:
+        """Of each set with few classes, right answers and examples of each class."""
+        tables = []
+        for name, scores in self.tasks.items():
+            classes = scores.get("classes", {})
+            if not 0 < len(classes) <= SHOWN:
+                continue
+            rows = {
+                each: [f"{of['right']}/{of['examples']}", f"{100 * of['accuracy']:.1f}"] for each, of in classes.items()
+            }
+            title = f"{self.sets[name]['title']}, class" if len(self.tasks) > 1 else "class"
+            tables.append(aligned({title: ["right", "%"], **rows}))
+        return tables
 
     def notes(self) -> list[str]:
         session = self.sessions[-1]

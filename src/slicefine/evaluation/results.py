@@ -50,6 +50,8 @@ class Outcome:
     sessions: list[dict[str, Any]] = field(default_factory=list)
     """Each time it was started: times, seconds, speed, batch size, versions, hardware."""
 
+    folder = None  # where it was written; no field, for it is not written itself
+
     @property
     def searched(self) -> bool:
         """Whether training examples can be searched for what is asked."""
@@ -59,12 +61,17 @@ class Outcome:
         """The scores, a column a task and the average last."""
         raise NotImplementedError
 
+    def details(self) -> list[str]:
+        """Tables of the parts of a score."""
+        return []
+
     def notes(self) -> list[str]:
         """What else to know of the last session."""
         raise NotImplementedError
 
     def write(self, folder: Path) -> None:
         """Write `results.json` into `folder`, all or nothing."""
+        self.folder = folder
         write_atomically(folder / FILE, json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod

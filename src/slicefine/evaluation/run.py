@@ -39,7 +39,7 @@ def evaluate(settings: Settings) -> Outcome:
     source = models.find(settings.model)
     config = models.load_config(source)
     task = models.task_of(source, config)
-    models.refuse_other_suite(settings, task)
+    models.refuse_other_suite(settings, task, source, config)
     if settings.classifies:
         return classification.evaluate(settings, source, config, task)
     if settings.engine == "lm-eval":

@@ -15,7 +15,7 @@ from slicefine.evaluation.models import Source
 from slicefine.evaluation.results import Outcome
 from slicefine.evaluation.settings import Settings
 from slicefine.training import record as records
-from slicefine.training.folder import ADAPTER
+from slicefine.training.folder import ADAPTER, refuse_unwritable
 
 FOLDER = "evaluation"
 ANSWERS = ("answers.jsonl", "predictions.jsonl")
@@ -40,6 +40,7 @@ def output_folder(settings: Settings, source: Source, name: str) -> Path:
         raise SliceFineError(
             f"The answers of a run go into its folder; {settings.model} is no run. Name a folder with --output."
         )
+    refuse_unwritable(folder)
     if folder.exists() and not folder.is_dir():
         raise SliceFineError(f"`--output` is a folder; {folder} is a file. Name another.")
     if (

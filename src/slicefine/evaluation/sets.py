@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
 from slicefine.evaluation.settings import Settings
@@ -30,6 +31,7 @@ class LabelledSet:
     """`train` and `train_split` are where it is."""
     own: bool
     """Whether labels that are numbers can be numbers of the model's classes: it is no set of another name than that of the run."""
+    notes: tuple[str, ...] = ()
 
 
 def choose(settings: Settings, trained: DataSettings | None) -> list[LabelledSet]:
@@ -108,7 +110,21 @@ def _named(settings: Settings, named: NamedSet, base: DataSettings, *, own: bool
     ]
 
 
-def _called(named: NamedSet, split: str, *, several: bool) -> dict[str, str]:
+def under_its_own_name(one: LabelledSet, classes: int) -> LabelledSet:
+    """`one`, called as its file or folder if it is a local one and the model has not the classes of the published set."""
+    name, place = one.data.name, Path(one.data.train or "")
+    known = NAMED[name].classes if name else None
+    if name is None or known is None or classes == known or not place.exists():
+        return one
+    published = NAMED[name].title.partition(":")[0]
+    said = (
+        f"This is not {published}, which has {known} classes: the model has {classes}. The scores are those of {place} alone, and do "
+        "not compare with published ones."
+    )
+    return dataclasses.replace(one, title=str(place), notes=(said,))
+
+
+def _called(named: NamedSet, split: str, *, several: bool) -> dict[str, Any]:
     """Name and title of a split: MNLI has two that are scored."""
     end = split.removeprefix("validation_") if several else ""
     title = named.title.partition(":")[0]

@@ -60,6 +60,8 @@ def count_frames(source: Source) -> int:
 
 def too_few(found: int, num_frames: int) -> str:
     """What to say of a clip with `found` frames of which `num_frames` are to be sampled."""
+    if not found:
+        return f"no frame could be decoded. {AGAIN}."
     return (
         f"{found} frame{'s' * (found != 1)}, fewer than the {num_frames} that are sampled. Leave it out, or set "
         "`data.num_frames` lower where the model allows it."

@@ -10,7 +10,8 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,11 @@ class Table:
     """Names of the classes of a column, where the source declares them (hub)."""
 
 
-def read_table(source: str, columns: list[str] | None, *, subset: str | None = None, split: str = "train") -> Table:
+Columns = Collection[str] | None
+"""Those to read, None for all that there are; as a mapping, to the flag that says what each is called, for messages."""
+
+
+def read_table(source: str, columns: Columns, *, subset: str | None = None, split: str = "train") -> Table:
     """Read `columns` of a file, or of a hub data set (`subset`, `split`); all that there are if `columns` is None.
 
     Raises `SliceFineError` with every problem found: a missing file or column, a line that is not JSON, not UTF-8 or not
@@ -57,12 +62,15 @@ def read_table(source: str, columns: list[str] | None, *, subset: str | None = N
     return hub_table(dataset, source, subset, split, dataset._fingerprint)
 
 
-def read_tables(data: DataSettings, columns: list[str] | None) -> dict[str, Table]:
+def read_tables(data: DataSettings, columns: Columns) -> dict[str, Table]:
     """`"train"`, and `"validation"` unless it is a fraction of train. Raises as `read_table`."""
     if data.train is None:
         raise SliceFineError(
             "`data.train` says where the examples are; it is null. A data set by name needs a resolved recipe."
         )
+    if columns is not None:
+        flags = {getattr(data, name): f"--data.{name}" for name in ("text", "text_pair", "label")}
+        columns = {column: flags.get(column, "") for column in columns}
     tables = {"train": read_table(data.train, columns, subset=data.subset, split=data.train_split)}
     if isinstance(data.validation, str):
         is_split = not Path(data.train).exists() and Path(data.validation).suffix.lower() not in SUFFIXES
@@ -78,11 +86,15 @@ def shorten(problems: list[str]) -> list[str]:
     return problems if more <= 0 else [*problems[:SHOWN_PROBLEMS], f"and {more} more like these."]
 
 
-def _read_file(path: Path, columns: list[str] | None) -> Table:
+def _read_file(path: Path, columns: Columns) -> Table:
+    if path.is_dir():
+        raise SliceFineError(
+            f"{path} is a folder; a task of texts reads files ({', '.join(SUFFIXES)}). For folders of images or clips, use a recipe of "
+            "image-classification or video-classification."
+        )
     if not path.is_file():
         near = [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else []
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise SliceFineError(f"The data file {path} {found}.{did_you_mean(path.name, near)}")
+        raise SliceFineError(f"The data file {path} does not exist.{did_you_mean(path.name, near)}")
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     suffix = path.suffix.lower()
     if suffix not in readers:
@@ -117,7 +129,8 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
                 )
 
 
-def _jsonl(path: Path, columns: list[str] | None, problems: list[str]) -> Rows:
+def _jsonl(path: Path, columns: Columns, problems: list[str]) -> Rows:
+    count, lacking = 0, defaultdict[str, list[str]](list)
     for number, line in _lines(path, problems):
         if not line.strip():
             continue
@@ -127,15 +140,19 @@ def _jsonl(path: Path, columns: list[str] | None, problems: list[str]) -> Rows:
         except json.JSONDecodeError as error:
             problems.append(f"{place}: not valid JSON at character {error.pos + 1} ({error.msg}).")
             continue
+        count += 1
         if not isinstance(row, dict):
             problems.append(f"{place}: each line is a JSON object; got {line.strip()[:40]!r}.")
-        elif problem := _object_problem(row, columns):
+        elif problem := _half_character(row):
             problems.append(f"{place}: {problem}")
+        elif missing := _missing(columns, list(row)):
+            lacking[missing].append(place)
         else:
             yield place, _picked(row, columns)
+    problems[:0] = _once(path, lacking, count)
 
 
-def _json(path: Path, columns: list[str] | None, problems: list[str]) -> Rows:
+def _json(path: Path, columns: Columns, problems: list[str]) -> Rows:
     text = "".join(line for _, line in _lines(path, problems))
     if problems:
         return
@@ -148,14 +165,18 @@ def _json(path: Path, columns: list[str] | None, problems: list[str]) -> Rows:
     if not isinstance(content, list):
         problems.append(f"{path}: a .json file is a list of objects; got {text.strip()[:40]!r}.")
         return
+    lacking = defaultdict[str, list[str]](list)
     for number, (line, row) in enumerate(zip(_first_lines(text), content, strict=True), 1):
         place = f"{path}:{line} (row {number})"  # many rows may stand in one line
         if not isinstance(row, dict):
             problems.append(f"{place}: each element of the list is a JSON object; got {str(row)[:40]!r}.")
-        elif problem := _object_problem(row, columns):
+        elif problem := _half_character(row):
             problems.append(f"{place}: {problem}")
+        elif missing := _missing(columns, list(row)):
+            lacking[missing].append(place)
         else:
             yield place, _picked(row, columns)
+    problems[:0] = _once(path, lacking, len(content))
 
 
 def _first_lines(text: str) -> Iterator[int]:
@@ -174,19 +195,31 @@ def _end(found: re.Match[str] | None) -> int:
     return found.end()
 
 
-def _object_problem(row: dict[str, Any], columns: list[str] | None) -> str | None:
+def _half_character(row: dict[str, Any]) -> str | None:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return f"{error.object[error.start]!a} is half of a surrogate pair, which is no character."
-    return _missing(columns, list(row))
+    return None
 
 
-def _picked(row: dict[str, Any], columns: list[str] | None) -> dict[str, Any]:
+def _once(path: Path, lacking: dict[str, list[str]], count: int) -> list[str]:
+    """Problems and the places of the rows that have each -> one sentence for each; of `count` rows in all."""
+    said = []
+    for problem, places in lacking.items():
+        if 1 < len(places) == count:
+            said.append(f"{path}: in all {count} rows, {problem}")
+        else:
+            more = f" So in {len(places) - 1} more rows." if len(places) > 1 else ""
+            said.append(f"{places[0]}: {problem}{more}")
+    return said
+
+
+def _picked(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
     return row if columns is None else {column: row[column] for column in columns}
 
 
-def _csv(path: Path, columns: list[str] | None, problems: list[str]) -> Rows:
+def _csv(path: Path, columns: Columns, problems: list[str]) -> Rows:
     reader = csv.reader((line for _, line in _lines(path, problems)), strict=True)
     header: list[str] | None = None
     try:
@@ -218,7 +251,7 @@ def _other_separator(header: list[str]) -> str | None:
     return f"the columns of a CSV file are separated by commas, these by {found!r}. Save the file with commas."
 
 
-def _parquet(path: Path, columns: list[str] | None, problems: list[str]) -> Rows:
+def _parquet(path: Path, columns: Columns, problems: list[str]) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -228,7 +261,7 @@ def _parquet(path: Path, columns: list[str] | None, problems: list[str]) -> Rows
             problems.append(f"{path}: {missing}")
             return
         number = 0
-        for batch in file.iter_batches(columns=columns):
+        for batch in file.iter_batches(columns=None if columns is None else list(columns)):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row
@@ -236,21 +269,26 @@ def _parquet(path: Path, columns: list[str] | None, problems: list[str]) -> Rows
         problems.append(f"{path}: not a complete Parquet file ({str(error).splitlines()[0]}).")
 
 
-def load_hub(source: str, columns: list[str] | None, subset: str | None, split: str) -> Dataset:
+def load_hub(source: str, columns: Columns, subset: str | None, split: str) -> Dataset:
     """A split of a hub data set with `columns`, or with all that there are. Raises `SliceFineError` if there is none such."""
     import datasets
 
+    from slicefine.training.hub import dataset_problem, near
+
+    if problem := dataset_problem(source):
+        raise SliceFineError(problem)
     try:
         dataset = datasets.load_dataset(source, subset, split=split)
     except (OSError, ValueError) as error:  # unreachable hub, unknown name, subset or split
+        part = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
         raise SliceFineError(
             f"{source!r} is no file here (a data file ends in {', '.join(SUFFIXES)}) and no folder, and as a data set of the "
-            f"hub (subset {subset!r}, split {split!r}) it did not load: {str(error).splitlines()[0]}"
+            f"hub ({part}) it did not load: {str(error).splitlines()[0].rstrip('.')}.{near(source)}"
         ) from error
     assert isinstance(dataset, datasets.Dataset)
     if missing := _missing(columns, dataset.column_names):
         raise SliceFineError(f"{source}, split {split}: {missing}")
-    return dataset if columns is None else dataset.select_columns(columns)
+    return dataset if columns is None else dataset.select_columns(list(columns))
 
 
 def hub_table(dataset: Dataset, source: str, subset: str | None, split: str, fingerprint: str) -> Table:
@@ -267,9 +305,12 @@ def hub_table(dataset: Dataset, source: str, subset: str | None, split: str, fin
     )
 
 
-def _missing(columns: list[str] | None, present: list[str]) -> str | None:
+def _missing(columns: Columns, present: Collection[str]) -> str | None:
     missing = [column for column in columns or [] if column not in present]
     if not missing:
         return None
     named = ", ".join(repr(column) for column in missing)
-    return f"no column {named}; there are {', '.join(map(repr, present)) or 'none'}.{did_you_mean(missing[0], present)}"
+    flags = [columns[column] for column in missing] if isinstance(columns, Mapping) else []
+    set_by = f" Name the right one with {' and '.join(flags)}." if all(flags) and flags else ""
+    there = ", ".join(map(repr, present)) or "none"
+    return f"no column {named}; there are {there}.{did_you_mean(missing[0], present)}{set_by}"

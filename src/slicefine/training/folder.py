@@ -9,11 +9,13 @@ logs/           TensorBoard
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
-from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
+from slicefine.errors import SliceFineError, SliceFineWarning, listed, raise_all
 from slicefine.training import record
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import RunRecord
@@ -32,6 +34,18 @@ FREE_TO_CHANGE = {
 }
 RNG_STATE = "rng_state.pth"
 NEEDED_TO_BE_EXACT = ("optimizer.pt", "scheduler.pt", RNG_STATE)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise `SliceFineError` unless files can be put into `folder`, or it can be made."""
+    try:
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        if place.is_dir() or place != folder:  # that it is a file is said by those who know what it is for
+            os.rmdir(tempfile.mkdtemp(dir=place))
+    except OSError as error:
+        raise SliceFineError(
+            f"`--output` is a folder that can be written; nothing can be made in {folder} ({error.strerror}). Name another."
+        ) from error
 
 
 def refuse_used(folder: Path) -> None:
@@ -124,11 +138,29 @@ def refuse_other_data(saved: RunRecord, data: dict[str, Any], folder: Path) -> N
     """Raise `SliceFineError` unless a run goes on with the examples it began with."""
     changed = [name for name in data if saved.data.get(name) != data[name]]
     if changed:
+        what = "; ".join(f"{name}: {_difference(saved.data.get(name), data[name])}" for name in changed)
         raise SliceFineError(
-            f"--resume goes on with the same examples; since the run in {folder} began, {' and '.join(changed)} changed "
-            f"(was {[saved.data.get(name) for name in changed]}, is {[data[name] for name in changed]}). Put the data "
-            "back, or start another run with --output."
+            f"--resume goes on with the same examples; since the run in {folder} began, they changed ({what}). Put the data back, or "
+            "start another run with --output."
         )
+
+
+def _difference(was: Any, now: Any) -> str:
+    """What differs between two values of the data in a record, in words."""
+    if isinstance(was, list) and isinstance(now, list):
+        gone, new = [one for one in was if one not in now], [one for one in now if one not in was]
+        named = [f"{word} {listed(map(repr, names))}" for word, names in (("without", gone), ("with", new)) if names]
+        return f"{len(was)}, now {len(now)}{', ' + ' and '.join(named) if named else ', in another order'}"
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return f"{was!r}, now {now!r}"
+    parts = [
+        f"{was.get(key) or 0} {called}, now {now.get(key) or 0}"
+        for key, called in (("examples", "examples"), ("skipped", "files left out"))
+        if was.get(key) != now.get(key)
+    ]
+    if was.get("source") != now.get("source"):
+        parts.insert(0, f"from {was.get('source')}, now {now.get('source')}")
+    return ", ".join(parts) or f"{now.get('examples')} examples as before, but others, or changed ones"
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -1,16 +1,81 @@
-"""Layers of a loaded model that its files have no values for, and heads for another number of classes."""
+"""Classifiers as transformers loads them: which layers are new, and what becomes of a head that the files have already."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from slicefine.errors import raise_all
+from transformers import PretrainedConfig, PreTrainedModel
+
+from slicefine.errors import SliceFineError, listed, raise_all
+from slicefine.training.recipe import ModelSettings
 
 
-def new_modules(loaded: dict[str, Any]) -> list[str]:
+@dataclass(frozen=True)
+class Classifier:
+    """A loaded classifier."""
+
+    model: PreTrainedModel
+    trained_in_full: list[str]
+    """Modules without pretrained values, and the head."""
+    resized: dict[str, tuple[int, ...]]
+    """Parameters of another size than in the files, with the size that they have now."""
+    notes: list[str]
+
+
+def load_classifier(
+    auto: Any, settings: ModelSettings, config: PretrainedConfig, why_not: Callable[[Exception], str]
+) -> Classifier:
+    """Load the model with a head for the classes of `config`.
+
+    Args:
+        auto: The class of transformers that loads it.
+        settings: The model.
+        config: Its configuration, with the classes of the task.
+        why_not: What to say if it does not load.
+
+    Raises `SliceFineError` if it does not load, or something other than its head has another size than its configuration says.
+    """
+    try:
+        model, report = auto.from_pretrained(
+            settings.name,
+            config=config,
+            dtype=settings.dtype,
+            attn_implementation=settings.attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # of a head for other classes; the rest is looked at below
+            trust_remote_code=False,
+        )
+    except ImportError as error:  # of flash attention
+        raise SliceFineError(f"`model.attn_implementation`: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError) as error:
+        raise SliceFineError(why_not(error)) from error
+    notes = replaced_head(report, settings.name, config.num_labels or 0) or _kept_head(settings.name, config)
+    resized = {key: tuple(made) for key, _, made in report["mismatched_keys"]}
+    return Classifier(model, _trained_in_full(model, report), resized, notes)
+
+
+def new_modules(report: dict[str, Any]) -> list[str]:
     """Modules without pretrained values, from what `from_pretrained(..., output_loading_info=True)` tells."""
-    keys = [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]
+    keys = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     return sorted({key.rpartition(".")[0] for key in keys})
+
+
+def _trained_in_full(model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
+    children = {name: part for name, part in model.named_children() if name != model.base_model_prefix}
+    heads = [name for name, part in children.items() if next(part.parameters(), None) is not None]
+    inside = {name for name in new_modules(report) if name.partition(".")[0] not in heads}
+    return sorted({*heads, *inside})
+
+
+def _kept_head(name: str, config: PretrainedConfig) -> list[str]:
+    """A note if training begins with the head of other classes."""
+    stored = PretrainedConfig.get_config_dict(name)[0].get("id2label") or {}
+    others, classes = [str(label) for label in stored.values()], [*(config.id2label or {}).values()]
+    if len(others) != len(classes) or others == classes or all(label.startswith("LABEL_") for label in others):
+        return []
+    return [f"Training begins with the head in the files of {name}, whose {len(others)} classes are {listed(others)}."]
 
 
 def replaced_head(loaded: dict[str, Any], name: str, outputs: int) -> list[str]:

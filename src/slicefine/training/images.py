@@ -20,6 +20,9 @@ IMAGES = Kind(
         ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif",
     ),
 )  # fmt: skip
+LARGEST = "largest value"
+"""What `Image.info` of an image that had 16 bits says more."""
+WHITE = 65_535
 AGAIN = "Copy or download it again, or remove it"
 LEAST_AREA, MOST_ASPECT, JITTER = 0.08, 4 / 3, 0.4
 """Of a random crop and of random colors; as torchvision's RandomResizedCrop, and as ColorJitter is mostly used."""
@@ -49,19 +52,38 @@ def read_image(item: Item) -> Image.Image:
         raise SliceFineError(_why(item, error)) from error
 
 
-def check_image(item: Item) -> str | None:
-    """What is wrong with an image, found by decoding all of it; None if nothing is."""
+def check_image(item: Item, largest: list[int] | None = None) -> str | None:
+    """What is wrong with an image, found by decoding all of it; None if nothing is.
+
+    The largest value of an image of 16 bits is added to the list `largest`, if there is one.
+    """
     try:
-        read_image(item)
+        image = read_image(item)
     except SliceFineError as error:
         return str(error)
+    if largest is not None and LARGEST in image.info:
+        largest.append(image.info[LARGEST])
     return None
+
+
+def dark(largest: list[int]) -> list[str]:
+    """A note if images of 16 bits, of which these are the largest values, hold numbers of fewer bits."""
+    most = max(largest, default=WHITE)
+    if most > WHITE / 4:
+        return []
+    return [
+        f"The largest value in {len(largest)} images of 16 bits is {most} of {WHITE}, which makes them dark ({most >> 8} of 255): white is "
+        f"{WHITE}, whatever an image holds. If they were recorded with fewer bits ({most.bit_length()}, say), multiply them."
+    ]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
         image.load()
-        return _with_exif(Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)), image).convert("RGB")
+        levels = np.asarray(image)
+        made = Image.fromarray((levels >> 8).astype(np.uint8))
+        made.info |= image.info | {LARGEST: int(levels.max())}  # EXIF among it
+        return made.convert("RGB")
     if image.mode in ("I", "F"):
         raise SliceFineError(
             f"its pixels are 32-bit numbers (Pillow's mode {image.mode}), of which no range is agreed on. Save it with 8 or 16 bits."
@@ -69,11 +91,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("P", "PA"):  # a palette with transparency goes through RGBA
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def _with_exif(made: Image.Image, image: Image.Image) -> Image.Image:
-    made.info.update(image.info)
-    return made
 
 
 def _why(item: Item, error: Exception) -> str:

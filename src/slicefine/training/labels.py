@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from slicefine.errors import NAMED, SliceFineError, raise_all
@@ -15,6 +16,7 @@ from slicefine.training.data import Table, shorten
 from slicefine.training.metrics import scores as _scores_of_names
 
 scores = _scores_of_names(("accuracy", "f1_macro"))
+_INTEGER = re.compile(r"-?\d+")
 HINT = " To predict a number, set `data.label_kind` to number."
 
 
@@ -92,7 +94,7 @@ def values(
         for place, row in zip(table.places, table.rows, strict=True):
             value = _float(row[column], typed=table.typed)
             if value is None:
-                bad.append(f"{place}: {column!r} is a finite number; got {_shown(row[column])}.")
+                bad.append(f"{place}: {column!r} must be a finite number; got {_shown(row[column])}.")
             else:
                 numbers.append(value)
         found[name] = numbers
@@ -129,17 +131,23 @@ def _labels(tables: dict[str, Table], column: str) -> tuple[dict[str, list[Any]]
     """The labels of each table as integers or strings, and what is wrong with them."""
     labels = {name: [row[column] for row in table.rows] for name, table in tables.items()}
     untyped = [name for name, table in tables.items() if not table.typed]
-    if untyped and all(re.fullmatch(r"-?\d+", label) for name in untyped for label in labels[name]):
+    if untyped and all(_INTEGER.fullmatch(label) for name in untyped for label in labels[name]):
         labels |= {name: [int(label) for label in labels[name]] for name in untyped}
+    # What a typed file would have as fractions; folders may be called so.
+    files = [name for name in untyped if Path(tables[name].source).suffix.lower() == ".csv"]
+    fractions = files and all(_float(label, typed=False) is not None for name in files for label in labels[name])
     problems = []
     first: dict[type, str] = {}
     for name, table in tables.items():
         names = table.class_names.get(column)
         bad = []
         for place, label in zip(table.places, labels[name], strict=True):
-            if type(label) not in (int, str) or label == "":
-                hint = HINT if isinstance(label, float) else ""
-                bad.append(f"{place}: {column!r} is an integer or a string; got {_shown(label)}.{hint}")
+            fraction = isinstance(label, float) or (fractions and name in files and not _INTEGER.fullmatch(label))
+            if type(label) not in (int, str) or label == "" or fraction:
+                hint = HINT if fraction else ""
+                bad.append(
+                    f"{place}: {column!r} is an integer or a string; got {label if fraction else _shown(label)}.{hint}"
+                )
                 continue
             first.setdefault(type(label), f"{label!r} ({place})")
             if isinstance(label, int) and (label < 0 or (names is not None and label >= len(names))):

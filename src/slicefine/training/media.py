@@ -10,9 +10,13 @@ from __future__ import annotations
 import io
 import random
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
@@ -21,7 +25,8 @@ from tqdm import tqdm
 from slicefine.errors import SliceFineError, raise_all
 from slicefine.training.data import Table, shorten
 from slicefine.training.labels import not_validated, number, split
-from slicefine.training.media_sources import Item, Kind, MediaTable, read_sources
+from slicefine.training.media_sources import HubItems, Item, Kind, MediaTable, read_sources
+from slicefine.training.named import other_classes
 
 if TYPE_CHECKING:
     from slicefine.training.recipe import DataSettings
@@ -122,6 +127,8 @@ def read(data: DataSettings, *, column: str, kind: Kind, check: Check) -> Exampl
     tables = read_sources(data, column, kind)
     labels = number({name: table.labels for name, table in tables.items()}, data.label, where="Data")
     notes = [note for table in tables.values() for note in table.notes]
+    if others := other_classes(data.name, labels.classes):
+        notes.append(others)  # no mistake: a few classes of a large set are a good beginning
     bad = {name: file_problems(table, kind, check) for name, table in tables.items()}
     if data.on_error == "fail":
         _refuse(tables, bad, kind)
@@ -142,10 +149,8 @@ def read(data: DataSettings, *, column: str, kind: Kind, check: Check) -> Exampl
         sources[name] = {"source": table.labels.source, "fingerprint": table.labels.fingerprint}
         if bad[name]:
             sources[name]["skipped"] = len(bad[name])
-            notes.append(
-                f"{len(bad[name])} of {len(table.items)} {kind.noun}s of the {name} set are left out, because they cannot be used: "
-                + " ".join(shorten(placed(table.labels, bad[name])))
-            )
+            what = f"{kind.noun}s of the {name} set"
+            notes.append(left_out(placed(table.labels, bad[name]), len(table.items), what, "they cannot be used"))
     _refuse_lost_classes(labels.classes, labels.numbers["train"], parts["train"], kind)
     if isinstance(data.validation, float):
         kept, split_off = split(parts["train"].labels, data.validation)
@@ -160,6 +165,7 @@ def read(data: DataSettings, *, column: str, kind: Kind, check: Check) -> Exampl
             "fingerprint": sources["train"]["fingerprint"],
         }
         notes += not_validated(labels.classes, parts["train"].labels, parts["validation"].labels)
+    notes += shared(parts["train"], parts["validation"])
     for name, part in parts.items():
         sources[name]["examples"] = len(part)
     return Examples(classes=labels.classes, **parts, sources=sources, notes=[*labels.notes, *notes])
@@ -191,12 +197,55 @@ def placed(labels: Table, problems: dict[int, str]) -> list[str]:
 
 
 def _refuse(tables: dict[str, MediaTable], bad: dict[str, dict[int, str]], kind: Kind) -> None:
-    count = sum(map(len, bad.values()))
-    files = f"{kind.noun}s that cannot be used" if count > 1 else f"{kind.noun} that cannot be used"
-    raise_all(
-        [problem for name, table in tables.items() for problem in shorten(placed(table.labels, bad[name]))],
-        f"Data: {count} {files} (to leave out such files, counted and named: --data.on_error skip)",
+    problems = [problem for name, table in tables.items() for problem in shorten(placed(table.labels, bad[name]))]
+    count, asked = sum(map(len, bad.values())), sum(len(table.items) for table in tables.values())
+    if problems:
+        raise SliceFineError(refused(problems, count, asked, kind.noun))
+
+
+def refused(problems: list[str], count: int, asked: int, noun: str) -> str:
+    """What to say of `count` bad files of the `asked` ones; the `problems` may be shortened."""
+    return "\n".join(
+        [
+            f"Data: {count} of {asked} {noun}s cannot be used. To leave out such files, counted and named: --data.on_error skip",
+            *(f"  {problem}" for problem in problems),
+        ]
     )
+
+
+def left_out(problems: list[str], asked: int, what: str, why: str) -> str:
+    """The note of files that are left out, a line for each of the first."""
+    return "\n  ".join([f"{len(problems)} of {asked} {what} are left out, because {why}:", *shorten(problems)])
+
+
+def shared(train: Part, validation: Part) -> list[str]:
+    """A note of the validation files that are training files, byte by byte; none for a data set of the hub.
+
+    Only files of the same size are read.
+    """
+    if isinstance(train.items, HubItems) or isinstance(validation.items, HubItems):
+        return []
+    by_size: dict[int, list[Path]] = defaultdict(list)
+    for path in _files(train):
+        by_size[path.stat().st_size].append(path)
+    digest = lru_cache(maxsize=None)(lambda path: blake2b(path.read_bytes()).digest())
+    twins = [
+        (path, twin)
+        for path in _files(validation)
+        for twin in [next((one for one in by_size[path.stat().st_size] if digest(one) == digest(path)), None)]
+        if twin
+    ]
+    if not twins:
+        return []
+    return [
+        f"{len(twins)} of {len(validation)} validation files are training files too, byte by byte, the first: {twins[0][0]} is "
+        f"{twins[0][1]}. Scores are too good by them: take them out of one of the sets."
+    ]
+
+
+def _files(part: Part) -> list[Path]:
+    found = (part.item(number) for number in range(len(part)))
+    return [item for item in found if isinstance(item, Path) and item.is_file()]
 
 
 def _refuse_lost_classes(classes: list[str], before: list[int], train: Part, kind: Kind) -> None:

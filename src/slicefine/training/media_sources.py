@@ -59,6 +59,8 @@ class MediaTable:
     problems: dict[int, str] = field(default_factory=dict)
     """What is wrong with the item of a row, as far as it can be told without opening it."""
     notes: list[str] = field(default_factory=list)
+    has_columns: bool = True
+    """False for a folder of class folders."""
 
 
 class HubItems(Sequence[Item]):
@@ -108,9 +110,17 @@ def read_sources(data: DataSettings, column: str, kind: Kind) -> dict[str, Media
                 f"Data: `data.validation` is a folder, a table, a split below {root} (there are: {others}), or a fraction; got "
                 f"{data.validation!r}.{did_you_mean(data.validation, splits)}"
             )
-    elif validation := [name for name in SPLITS["validation"] if name in splits]:
+    elif unused := [name for name in (*SPLITS["validation"], "test") if name in splits and name != data.train_split]:
         tables["train"].notes.append(
-            f"{splits[validation[0]]} is not used: `data.validation` is a fraction of the training examples. Set it to {validation[0]}."
+            f"{splits[unused[0]]} is not used: `data.validation` is a fraction of the training examples. To validate on it: "
+            f"--data.validation {unused[0]}"
+        )
+    if not any(table.has_columns for table in tables.values()):
+        given = {kind.feature.lower(): column, "label": data.label}
+        tables["train"].notes.extend(
+            f"`data.{name}` ({value!r}) is the column of a table, and is not used: {root} is a folder."
+            for name, value in given.items()
+            if value != name
         )
     return tables
 
@@ -192,6 +202,7 @@ def _folder(root: Path, data: DataSettings, kind: Kind) -> MediaTable:
             if not _is_media(path, kind)
         },
         notes=[f"{root}: files beside the class folders are not used: {_named(others)}."] if others else [],
+        has_columns=False,
     )
 
 
@@ -227,7 +238,7 @@ def _table_or_hub(source: str, data: DataSettings, column: str, split: str, kind
 
 def _table(path: Path, data: DataSettings, column: str, kind: Kind) -> MediaTable:
     """A table with a column of paths, relative to the folder it is in."""
-    table = read_table(str(path), [column, data.label])
+    table = read_table(str(path), {column: f"--data.{kind.feature.lower()}", data.label: "--data.label"})
     files: list[Path | None] = []
     problems = {}
     for row, given in enumerate(table.rows):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from slicefine.errors import listed
+
 
 @dataclass(frozen=True, kw_only=True)
 class NamedSet:
@@ -31,6 +33,8 @@ class NamedSet:
     label_kind: Literal["class", "number"] = "class"
     metrics: tuple[str, ...]
     """Keys of `METRICS`."""
+    classes: int | None = None
+    """How many there are; None for numbers, and where sources differ."""
     positive: str | None = None
     """Name of the class whose F1 is counted; None, or where there is no such class: the second one."""
 
@@ -41,6 +45,14 @@ class NamedSet:
         validation = self.evaluation_splits[0]
         source = {"train": self.hub, "subset": self.subset, "train_split": self.train_split, "validation": validation}
         return {**source, **pair, **self.columns}
+
+
+def other_classes(name: str | None, classes: list[str]) -> str | None:
+    """That the examples of the data set `name` have another number of classes than it; None if they have as many."""
+    known = NAMED[name].classes if name else None
+    if known is None or known == len(classes):
+        return None
+    return f"`data.name` {name} has {known} classes; the examples have {len(classes)}: {listed(classes, 8)}."
 
 
 def _glue(
@@ -58,8 +70,16 @@ def _glue(
         columns={"text": text, "label": "label"} | ({"text_pair": text_pair} if text_pair else {}),
         label_kind="number" if name == "stsb" else "class",
         metrics=metrics,
+        classes=None if name == "stsb" else 3 if name == "mnli" else 2,
         positive=positive,
     )
+
+
+# Caltech101 has 102 with its background, which not every copy has.
+_CLASSES = {
+    "caltech101": None, "flowers102": 102, "pets": 37, "camelyon": 2, "eurosat": 10, "retinopathy": 5, "kitti": 4,
+    "ucf101": 101, "kinetics": 400, "hmdb51": 51,
+}  # fmt: skip
 
 
 def _media(
@@ -75,6 +95,7 @@ def _media(
         evaluation_splits=evaluation_splits,
         columns={kind: column or kind, "label": label},
         metrics=("accuracy",),
+        classes=_CLASSES[name],
     )
 
 

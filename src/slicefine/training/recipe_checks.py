@@ -149,6 +149,11 @@ def _name_problems(recipe: Recipe, name: str, settings: Settings) -> list[str]:
     if data.label_kind != named.label_kind and data.label_kind != settings["data.label_kind"].default:
         found.append(f"`data.label_kind` of {name} is {named.label_kind}; got {data.label_kind}. Leave it out.")
     if not data.by_name:
+        if "text_pair" in named.columns and data.text_pair is None:
+            found.append(
+                f"`data.text_pair` is missing: {name} is of pairs of texts. Name the columns of both, as on the hub: "
+                f"--data.text {named.columns['text']} --data.text_pair {named.columns['text_pair']}"
+            )
         return found
     if named.hub is None:
         found.append(

@@ -110,6 +110,11 @@ def commit() -> dict[str, Any] | None:
         return None
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def hardware() -> dict[str, Any]:
     """Processor, cores, threads and GPU."""
     import torch

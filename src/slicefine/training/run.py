@@ -58,6 +58,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
     raise_all(recipe.problems() + _setting_problems(recipe), "Recipe")
     recipe = recipe.resolved()
     folder = Path(recipe.output)
+    folders.refuse_unwritable(folder)
     checkpoint = folders.checkpoint_to_resume(recipe, folder) if resume else None
     if checkpoint:
         folders.refuse_inexact(checkpoint, allowed=allow_inexact_resume)
@@ -72,6 +73,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
 
     transformers.set_seed(recipe.training.seed)
     prepared = task.prepare(recipe, examples)
+    prepared.notes.extend(_few_cores(recipe))
     for note in prepared.notes:
         print(note, file=sys.stderr)
     model = _attach(prepared, config, task)
@@ -129,6 +131,13 @@ def planned_steps(examples: int, recipe: Recipe) -> int:
         return training.max_steps
     batches = math.ceil(examples / training.per_device_train_batch_size)
     return math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
+
+
+def _few_cores(recipe: Recipe) -> list[str]:
+    asked, cores = recipe.training.dataloader_num_workers, records.usable_cores()
+    if asked <= cores:
+        return []
+    return [f"Processes that prepare batches: {cores}, not {asked}; as many as there are cores."]
 
 
 def _trainer(
@@ -249,6 +258,7 @@ def _arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArguments:
         "save_strategy": "epoch" if recipe.training.save_steps is None else "steps",
         "logging_first_step": True,
         "label_names": ["labels"],
+        "dataloader_num_workers": min(recipe.training.dataloader_num_workers, records.usable_cores()),
         "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "disable_tqdm": True,

@@ -23,8 +23,8 @@ def find(name: str) -> Path:
     known = shipped()
     if name not in known:
         raise SliceFineError(
-            f"A recipe is a YAML file, or one of those that ship: {', '.join(known)}; got {name!r}."
-            f"{did_you_mean(name, known)}"
+            f"There is no recipe {name!r}.{did_you_mean(name, known)} A recipe is a YAML file, or one of those that ship: "
+            f"{', '.join(known)}."
         )
     return known[name]
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from slicefine.errors import SliceFineError, did_you_mean, raise_all
+from slicefine.errors import SliceFineError, did_you_mean, listed, raise_all
 from slicefine.training.hub import model_problem
 from slicefine.training.recipe import Recipe
 from slicefine.training.run import train
 from slicefine.training.tasks import StandIns, get_stand_ins, get_task
 
 ROWS, STEPS, EVERY = 64, 4, 2
+SHOWN_CLASSES = 8
 
 
 def smoke(recipe: Recipe, folder: Path) -> list[str]:
@@ -38,15 +39,20 @@ def smoke(recipe: Recipe, folder: Path) -> list[str]:
     model = task.PRETRAINED.from_config(stand_ins.shrink(config, processor))
     model.save_pretrained(made)
     processor.save_pretrained(made)
-    record = train(Recipe.from_flat(recipe.flat() | settings | _overrides(recipe, folder, made)))
+    try:
+        record = train(Recipe.from_flat(recipe.flat() | settings | _overrides(recipe, folder, made)))
+    except SliceFineError as error:
+        raise SliceFineError(str(error).replace(str(made), recipe.model.name)) from error
     losses = [record.metrics[when]["loss"] for when in ("before", "after")]
     sizes = examples.summary()
+    classes: list[str] = sizes.get("classes", [])
     counted = ", ".join(f"{sizes[name]['examples']:,} for {name}" for name in ("train", "validation"))
     return [
         f"{'recipe':<10} fits together; what it takes and learns at full size is not known from this",
         f"{'model':<10} a tiny {config.model_type} ({sum(p.numel() for p in model.parameters()):,} random weights), {model_said}",
         f"{'processor':<10} {processor_said}",
         f"{'data':<10} all examples read and checked ({counted}); up to {ROWS} of each used",
+        *([f"{'classes':<10} {len(classes)}: {listed(classes, SHOWN_CLASSES)}"] if classes else []),
         f"{'run':<10} {record.status}: {record.steps} steps, moves: {record.moves}, validation loss {losses[0]:.4g} -> {losses[1]:.4g}",
         f"{'folder':<10} {folder}",
     ]
@@ -87,6 +93,8 @@ def _pretrained(recipe: Recipe, stand_ins: StandIns, folder: Path) -> tuple[Any,
                 f"as the configuration of {name} says",
                 f"that of {name}",
             )
+        except SliceFineError:  # it is there and cannot be used
+            raise
         except (OSError, ValueError):  # not there, not public, or unknown to this version
             pass
     if architecture is None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from slicefine.training.data import read_tables
 from slicefine.training.recipe import DataSettings
 from slicefine.training.smoke_config import shrunk
+from slicefine.training.tokenizer import load_tokenizer
 
 VOCABULARY = 2048
 BEGIN, END, PAD = "<s>", "</s>", "<pad>"
@@ -27,6 +28,8 @@ def write_some(data: DataSettings, examples: Any, count: int, folder: Path) -> d
         every = max(1, len(table.rows) // count)
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for row in table.rows[::every][:count]:
+                if data.label_kind == "number":  # a string in CSV, which says no more than its text
+                    row = row | {data.label: float(row[data.label])}
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     validation = str(folder / "validation.jsonl") if isinstance(data.validation, str) else 0.25
     return {"data.train": str(folder / "train.jsonl"), "data.validation": validation}
@@ -34,7 +37,7 @@ def write_some(data: DataSettings, examples: Any, count: int, folder: Path) -> d
 
 def load_processor(name: str) -> PreTrainedTokenizerBase:
     """See `StandIns`."""
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return load_tokenizer(name)
 
 
 def make_processor(config: Any, folder: Path) -> PreTrainedTokenizerBase:

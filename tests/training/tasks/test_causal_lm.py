@@ -272,7 +272,10 @@ def test_sets_of_two_formats(lm_settings: dict[str, Any], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"data.label": "answer"}, "`data.label` is for text-classification, image-classification, video-classification; this is causal-lm. Leave it out."),
+        (
+            {"data.label": "answer"},
+            "`data.label` is for text-classification, image-classification, video-classification; this is causal-lm. Leave it out.",
+        ),
         ({"data.text_pair": "b"}, "`data.text_pair` is for text-classification"),
         ({"data.packing_strategy": "wrapped"}, "`data.packing` is false"),
         ({"task": "text-classification", "data.packing": True}, "`data.packing` is for causal-lm; this is text-class"),

@@ -227,6 +227,15 @@ def test_images_of_any_mode_and_shape_are_seen_as_their_rgb(
         assert torch.equal(found, pixels.of(image.convert("RGB"))["pixel_values"])
 
 
+def test_images_of_twelve_bits_are_noted_once(settings: dict[str, Any]) -> None:
+    for path in Path(settings["data.train"]).glob("*/*"):
+        Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16).save(path.with_suffix(".png"))
+        if path.suffix != ".png":
+            path.unlink()
+    (note,) = [note for note in task.read(override(settings).data).notes if "images of 16 bits" in note]
+    assert re.match(r"The largest value in 24 images of 16 bits is \d{4} of 65535", note)
+
+
 def test_a_head_of_other_classes_is_replaced(settings: dict[str, Any], tmp_path: Path) -> None:
     model = Path(settings["model.name"])
     config = ViTConfig(image_size=SIDE, patch_size=8, num_labels=10, **SMALL)
@@ -382,3 +391,12 @@ def test_ctrl_c_reaches_the_processes_that_load_as_well_and_is_answered_once(
     assert "Traceback" not in err
     assert json.loads(record.read_text())["status"] == "interrupted"
     assert "Interrupted after step" in out
+
+
+def test_a_head_of_other_classes_is_kept_with_a_note_and_trained_in_full(settings: dict[str, Any]) -> None:
+    config = CONFIGS["vit"]()
+    config.id2label = {number: f"breed {number}" for number in range(len(COLORS))}
+    ViTForImageClassification(config).save_pretrained(settings["model.name"])
+    record = train(Recipe.from_flat(settings | {"training.max_steps": 2}))
+    assert record.modules_to_save == ["classifier"]
+    assert any("head in the files of" in note and "breed 0" in note for note in record.notes)

@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -243,7 +244,7 @@ def test_a_head_of_another_size_is_replaced_and_noted(
     outputs: int, settings: dict[str, Any], model_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "tuned"
-    tokenizer = task.AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     tokenizer.save_pretrained(folder)
     config = BertConfig.from_pretrained(model_folder, num_labels=outputs)
     saved = BertForSequenceClassification(config)
@@ -260,7 +261,7 @@ def test_a_head_of_another_size_is_replaced_and_noted(
 
 def test_another_size_elsewhere_is_damage(settings: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
-    task.AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
     config = BertConfig.from_pretrained(model_folder)
     BertModel(config).save_pretrained(folder)
     config.intermediate_size = 40
@@ -277,7 +278,7 @@ def test_positions_that_begin_behind_the_pad_token(
 ) -> None:
     """RoBERTa's table of 20 positions with pad token 3 has room for 16 tokens."""
     folder = tmp_path / "roberta"
-    tokenizer = task.AutoTokenizer.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)
     tokenizer.save_pretrained(folder)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}

@@ -145,7 +145,7 @@ def test_inputs_are_what_the_processor_makes_of_evenly_spaced_frames(settings: d
     assert batch["labels"].tolist() == [0, 1]
     assert made.model(**batch).logits.shape == (2, 2)
     assert made.model.config.id2label == {0: "left", 1: "right"}
-    assert "The head of 5 classes" in made.notes[0]
+    assert "The head of 5 classes" in made.notes[-1]
     assert made.new_modules == ["classifier"]
 
 
@@ -193,7 +193,7 @@ def test_a_data_set_of_the_hub(
         assert torch.equal(made.train[n]["pixel_values"], plain.train[number]["pixel_values"])
     more.append(film_bytes(tmp_path / "short.avi", 3))
     message = refusal(settings, data__train="some/clips", data__validation="validation")
-    assert "2 problems" in message
+    assert "2 of 10 clips cannot be used" in message
     assert "some/clips, split train, row 5: 3 frames, fewer than the 4 that are sampled." in message
     assert "some/clips, split validation, row 5: 3 frames" in message
 
@@ -340,6 +340,7 @@ def test_all_bad_clips_are_named_before_the_model_is_loaded(
         if "short" not in name:
             (with_bad_ones / name).unlink()
     message = refusal(settings | given)
+    assert message.startswith("Data: 1 of 11 clips cannot be used.")
     assert f"{with_bad_ones / 'b/short.avi'}: {BAD['b/short.avi']}" in message
     assert "--data.on_error skip" in message
 
@@ -357,7 +358,11 @@ def test_bad_clips_are_left_out_counted_and_named(
     notes = "\n".join(made.notes)
     for name in BAD:
         assert str(with_bad_ones / name) in notes
-    assert notes.count("are left out") == (2 if num_frames is None else 1)
+    if num_frames:
+        assert "5 of 15 clips of the train set are left out, because they cannot be used:\n" in notes
+    else:  # as many as the model takes, which is known later
+        assert "4 of 15 clips of the train set are left out, because they cannot be used:\n" in notes
+        assert "1 of 15 clips are left out, because they are too short:\n" in notes
 
 
 def test_a_class_whose_clips_are_all_short(settings: dict[str, Any], tmp_path: Path) -> None:

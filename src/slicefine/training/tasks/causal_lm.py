@@ -23,7 +23,6 @@ from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -38,6 +37,7 @@ from slicefine.training.recipe import DataSettings, ModelSettings, Recipe
 from slicefine.training.sft import CausalLMTrainer
 from slicefine.training.tasks import Prepared
 from slicefine.training.tasks.chat import Chat, message_problems
+from slicefine.training.tokenizer import load_tokenizer, refuse_unknown
 
 PEFT_TASK_TYPE = "CAUSAL_LM"
 TRAINER = CausalLMTrainer
@@ -130,11 +130,13 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     """Load tokenizer and model; tokenize, cut and pack the examples."""
     settings, data = recipe.model, recipe.data
     try:
-        # Without `trust_remote_code`, transformers asks on the terminal whether to run code that comes with the model.
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.name, trust_remote_code=False)
+        tokenizer = load_tokenizer(settings.name)
         config = AutoConfig.from_pretrained(settings.name, trust_remote_code=False)
+    except SliceFineError:
+        raise
     except (OSError, ValueError) as error:
         raise SliceFineError(_not_loaded(settings, error)) from error
+    refuse_unknown(tokenizer, [_text_of(row) for row in examples.train], settings.name)
     text_config = config.get_text_config()
     longest = min(tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None) or data.max_length)
     if data.max_length > longest:
@@ -183,6 +185,13 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
         new_modules=[],
         notes=notes,
     )
+
+
+def _text_of(row: dict[str, Any]) -> str:
+    """What is learned of an example, as far as it is text."""
+    if "messages" in row:
+        return " ".join(message["content"] for message in row["messages"] if isinstance(message.get("content"), str))
+    return row["text"] if "text" in row else row["completion"]
 
 
 def load_base(name: str, folder: Path) -> PreTrainedModel:

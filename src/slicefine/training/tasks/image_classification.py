@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from transformers import (
 from slicefine.errors import SliceFineError
 from slicefine.training import media
 from slicefine.training.checked import CheckedTrainer
-from slicefine.training.heads import new_modules, replaced_head
-from slicefine.training.images import IMAGES, check_image, drawn, read_image
+from slicefine.training.heads import load_classifier
+from slicefine.training.images import IMAGES, check_image, dark, drawn, read_image
 from slicefine.training.media import Examples, MediaDataset
 from slicefine.training.media_sources import Item
 from slicefine.training.metrics import scores_of
@@ -68,7 +69,9 @@ def arguments(data: DataSettings, settings: dict[str, Any]) -> TrainingArguments
 
 def read(data: DataSettings) -> Examples:
     """Read the sources, number the classes and decode every image once. Raises `SliceFineError` with every problem."""
-    return media.read(data, column=data.image, kind=IMAGES, check=check_image)
+    largest: list[int] = []
+    examples = media.read(data, column=data.image, kind=IMAGES, check=partial(check_image, largest=largest))
+    return replace(examples, notes=[*examples.notes, *dark(largest)])
 
 
 def prepare(recipe: Recipe, examples: Examples) -> Prepared:
@@ -77,7 +80,6 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     try:
         config = AutoConfig.from_pretrained(
             settings.name,
-            num_labels=len(examples.classes),
             id2label=dict(enumerate(examples.classes)),
             label2id={name: number for number, name in enumerate(examples.classes)},
             problem_type="single_label_classification",
@@ -91,26 +93,11 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
             "a model of images: a ViT, DINOv2, Swin, ConvNeXt, CLIP or ResNet, say."
         )
     processor = load_processor(settings)
-    try:
-        loaded: Any = AutoModelForImageClassification.from_pretrained(
-            settings.name,
-            config=config,
-            dtype=settings.dtype,
-            attn_implementation=settings.attn_implementation,
-            ignore_mismatched_sizes=True,  # a head for other classes; replaced_head looks at the rest
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-    except ImportError as error:  # of flash attention
-        raise SliceFineError(f"`model.attn_implementation`: {str(error).splitlines()[0]}") from error
-    except (OSError, ValueError) as error:
-        raise SliceFineError(not_loaded(settings, "image processor", error)) from error
-    model, report = loaded
-    notes = [
-        *examples.notes,
-        *replaced_head(report, settings.name, len(examples.classes)),
-        *freeze_statistics(model),
-    ]
+    found = load_classifier(
+        AutoModelForImageClassification, settings, config, lambda error: not_loaded(settings, "image processor", error)
+    )
+    model = found.model
+    notes = [*examples.notes, *found.notes, *freeze_statistics(model)]
     plain = Pixels(processor, dtype=model.dtype)
     refuse_other_processor(model, [plain.of(Image.new("RGB", size, "gray")) for size in TRIED], settings.name)
     seed = recipe.training.seed
@@ -121,7 +108,7 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
         validation=MediaDataset(examples.validation, plain, seed),
         collator=DefaultDataCollator(),
         compute_metrics=scores_of(recipe.data, examples.classes),
-        new_modules=new_modules(report),
+        new_modules=found.trained_in_full,
         notes=notes,
     )
 

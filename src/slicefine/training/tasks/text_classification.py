@@ -13,21 +13,21 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TrainingArguments,
 )
 
 from slicefine.errors import SliceFineError
 from slicefine.training.checked import CheckedTrainer
 from slicefine.training.data import Table, read_tables, shorten
-from slicefine.training.heads import new_modules, replaced_head
+from slicefine.training.heads import load_classifier
 from slicefine.training.labels import not_validated, number, split, values
 from slicefine.training.metrics import scores_of
+from slicefine.training.named import other_classes
 from slicefine.training.recipe import DataSettings, ModelSettings, Recipe
 from slicefine.training.tasks import Prepared
+from slicefine.training.tokenizer import load_tokenizer, refuse_unknown
 
 PEFT_TASK_TYPE = "SEQ_CLS"
 TRAINER = CheckedTrainer
@@ -75,6 +75,10 @@ def read(data: DataSettings) -> Examples:
         found = number(tables, data.label, where="Data", problems=problems)
         classes, numbers = found.classes, found.numbers
         notes += found.notes
+        if others := other_classes(data.name, classes):
+            raise SliceFineError(
+                f"Data: {others} Name the column of its classes with --data.label, or leave out `data.name`."
+            )
 
     sets = {name: _columns(table, data, numbers[name]) for name, table in tables.items()}
     sources: dict[str, dict[str, Any]] = {
@@ -115,7 +119,7 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     """Load tokenizer and model, and tokenize the examples. Padding is left to each batch."""
     settings = recipe.model
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.name, trust_remote_code=False)
+        tokenizer = load_tokenizer(settings.name)
         if tokenizer.pad_token is None:  # decoders have none, and look for the last token before the padding
             tokenizer.pad_token = tokenizer.eos_token
         config = AutoConfig.from_pretrained(
@@ -124,24 +128,16 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
             pad_token_id=tokenizer.pad_token_id,
             trust_remote_code=False,
         )
+    except SliceFineError:
+        raise
     except (OSError, ValueError) as error:
         raise SliceFineError(_not_loaded(settings, error)) from error
+    refuse_unknown(tokenizer, examples.train["text"], settings.name)
     _refuse_longer(recipe, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            settings.name,
-            config=config,
-            dtype=settings.dtype,
-            attn_implementation=settings.attn_implementation,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
-    except ImportError as error:  # of flash attention
-        raise SliceFineError(f"`model.attn_implementation`: {str(error).splitlines()[0]}") from error
-    except (OSError, ValueError) as error:
-        raise SliceFineError(_not_loaded(settings, error)) from error
-
+    found = load_classifier(
+        AutoModelForSequenceClassification, settings, config, lambda error: _not_loaded(settings, error)
+    )
+    model = found.model
     _refuse_longer(recipe, positions(model))
 
     def tokenize(batch: dict[str, list[Any]]) -> Any:
@@ -155,8 +151,8 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
         validation=examples.validation.map(tokenize, batched=True, remove_columns=texts),
         collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=scores_of(recipe.data, examples.classes),
-        new_modules=new_modules(report),
-        notes=[*examples.notes, *replaced_head(report, settings.name, model.config.num_labels)],
+        new_modules=found.trained_in_full,
+        notes=[*examples.notes, *found.notes],
     )
 
 

@@ -29,9 +29,9 @@ from slicefine.training import media
 from slicefine.training.checked import CheckedTrainer
 from slicefine.training.clips import count_frames, read_frames, too_few
 from slicefine.training.data import shorten
-from slicefine.training.heads import new_modules, replaced_head
+from slicefine.training.heads import load_classifier
 from slicefine.training.images import drawn
-from slicefine.training.media import MediaDataset, Part
+from slicefine.training.media import MediaDataset, Part, left_out, refused
 from slicefine.training.media_sources import Item, Kind
 from slicefine.training.metrics import scores_of
 from slicefine.training.recipe import DataSettings, Recipe
@@ -126,21 +126,11 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     _refuse_odd(config, settings.name)
     processor = load_processor(settings)
     parts, notes = _long_enough(examples, config.num_frames, data.on_error)
-    try:
-        model, report = AutoModelForVideoClassification.from_pretrained(
-            settings.name,
-            config=config,
-            dtype=settings.dtype,
-            attn_implementation=settings.attn_implementation,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
-    except ImportError as error:  # of flash attention
-        raise SliceFineError(f"`model.attn_implementation`: {str(error).splitlines()[0]}") from error
-    except (OSError, ValueError) as error:
-        raise SliceFineError(not_loaded(settings, "image processor", error)) from error
-    positions = [key for key, _, made in report["mismatched_keys"] if len(made) > 2]
+    found = load_classifier(
+        AutoModelForVideoClassification, settings, config, lambda error: not_loaded(settings, "image processor", error)
+    )
+    model = found.model
+    positions = [key for key, shape in found.resized.items() if len(shape) > 2]
     if config.num_frames != own and positions:
         raise SliceFineError(
             f"`data.num_frames` is {own} for {settings.name}, which has learned a position for each frame ({', '.join(positions)}); "
@@ -157,8 +147,8 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
         validation=MediaDataset(parts["validation"], plain, recipe.training.seed),
         collator=DefaultDataCollator(),
         compute_metrics=scores_of(data, clips.classes),
-        new_modules=new_modules(report),
-        notes=[*clips.notes, *notes, *replaced_head(report, settings.name, len(clips.classes))],
+        new_modules=found.trained_in_full,
+        notes=[*clips.notes, *notes, *found.notes],
     )
 
 
@@ -176,7 +166,8 @@ def _key(item: Item) -> Path | bytes:
 
 def _long_enough(examples: Examples, num_frames: int, on_error: str) -> tuple[dict[str, Part], list[str]]:
     """The clips with `num_frames` frames or more, and a note of the others, which are refused unless `on_error` is skip."""
-    parts, notes, problems = {}, [], []
+    parts, problems = {}, []
+    asked = 0
     for name in ("train", "validation"):
         part: Part = getattr(examples.clips, name)
         found = [examples.frames[_key(part.item(n))] for n in range(len(part))]
@@ -186,16 +177,11 @@ def _long_enough(examples: Examples, num_frames: int, on_error: str) -> tuple[di
             if count < num_frames
         ]
         parts[name] = part.take([n for n, count in enumerate(found) if count >= num_frames])
-        problems += shorten(short)
-        if short:
-            said = " ".join(shorten(short))
-            notes.append(
-                f"{len(short)} of {len(part)} clips of the {name} set are left out, because they are short: {said}"
-            )
-    if on_error == "fail":
-        raise_all(
-            problems, "Data: clips that cannot be used (to leave them out, counted and named: --data.on_error skip)"
-        )
+        problems += short
+        asked += len(part) + examples.clips.sources[name].get("skipped", 0)
+    if on_error == "fail" and problems:
+        raise SliceFineError(refused(shorten(problems), len(problems), asked, KIND.noun))
+    notes = [left_out(problems, asked, "clips", "they are too short")] if problems else []
     lost = set(examples.clips.train.labels) - set(parts["train"].labels)
     raise_all(
         [

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slicefine.errors import SliceFineError, listed, raise_all
@@ -19,13 +20,15 @@ class Classifier:
     model: PreTrainedModel
     trained_in_full: list[str]
     """Modules without pretrained values, and the head."""
-    resized: dict[str, tuple[int, ...]]
-    """Parameters of another size than in the files, with the size that they have now."""
     notes: list[str]
 
 
 def load_classifier(
-    auto: Any, settings: ModelSettings, config: PretrainedConfig, why_not: Callable[[Exception], str]
+    auto: Any,
+    settings: ModelSettings,
+    config: PretrainedConfig,
+    why_not: Callable[[Exception], str],
+    check: Callable[[dict[str, tuple[int, ...]]], None] = lambda resized: None,
 ) -> Classifier:
     """Load the model with a head for the classes of `config`.
 
@@ -34,6 +37,7 @@ def load_classifier(
         settings: The model.
         config: Its configuration, with the classes of the task.
         why_not: What to say if it does not load.
+        check: Takes the parameters of another size than in the files, with the size that they have now, and may raise.
 
     Raises `SliceFineError` if it does not load, or something other than its head has another size than its configuration says.
     """
@@ -51,9 +55,9 @@ def load_classifier(
         raise SliceFineError(f"`model.attn_implementation`: {str(error).splitlines()[0]}") from error
     except (OSError, ValueError) as error:
         raise SliceFineError(why_not(error)) from error
+    check({key: tuple(made) for key, _, made in report["mismatched_keys"]})
     notes = replaced_head(report, settings.name, config.num_labels or 0) or _kept_head(settings.name, config)
-    resized = {key: tuple(made) for key, _, made in report["mismatched_keys"]}
-    return Classifier(model, _trained_in_full(model, report), resized, notes)
+    return Classifier(model, _trained_in_full(model, report), notes)
 
 
 def new_modules(report: dict[str, Any]) -> list[str]:
@@ -63,10 +67,11 @@ def new_modules(report: dict[str, Any]) -> list[str]:
 
 
 def _trained_in_full(model: PreTrainedModel, report: dict[str, Any]) -> list[str]:
-    children = {name: part for name, part in model.named_children() if name != model.base_model_prefix}
-    heads = [name for name, part in children.items() if next(part.parameters(), None) is not None]
-    inside = {name for name in new_modules(report) if name.partition(".")[0] not in heads}
-    return sorted({*heads, *inside})
+    new = new_modules(report)
+    kept = [
+        head for head in SEQ_CLS_HEAD_NAMES if hasattr(model, head) and not any(n.split(".")[0] == head for n in new)
+    ]
+    return sorted([*new, *kept])
 
 
 def _kept_head(name: str, config: PretrainedConfig) -> list[str]:

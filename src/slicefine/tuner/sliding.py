@@ -63,13 +63,12 @@ def _check(optimizer: Optimizer) -> None:
     masters = [layer.slicefine_weight[adapter] for layer, adapter in stepped]
     if not masters:
         return
-    unreached = [
-        layer.name for (layer, _), m in zip(stepped, masters, strict=True) if m.requires_grad and m.grad is None
-    ]
+    mine = [(layer.name, m) for (layer, _), m in zip(stepped, masters, strict=True) if id(m) in held]
+    unreached = [name for name, master in mine if master.requires_grad and master.grad is None]
     reached = any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
     if unreached and reached:
         _warn(
-            f"No gradient has reached {len(unreached)} of {len(masters)} slices before the first step of {type(optimizer).__name__}: "
+            f"No gradient has reached {len(unreached)} of {len(mine)} slices before the first step of {type(optimizer).__name__}: "
             f"{listed(unreached)}. A part of the model that such examples do not use does this, and code that computes with `weight.data` "
             "instead of calling the layer. Leave these layers out with `exclude_modules` if no later batch is to reach them."
         )

@@ -397,6 +397,6 @@ def test_a_head_of_other_classes_is_kept_with_a_note_and_trained_in_full(setting
     config = CONFIGS["vit"]()
     config.id2label = {number: f"breed {number}" for number in range(len(COLORS))}
     ViTForImageClassification(config).save_pretrained(settings["model.name"])
-    record = train(Recipe.from_flat(settings | {"training.max_steps": 2}))
+    record = train(Recipe.from_flat(settings | {"training.max_steps": 5}))
     assert record.modules_to_save == ["classifier"]
     assert any("head in the files of" in note and "breed 0" in note for note in record.notes)

@@ -126,16 +126,23 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     _refuse_odd(config, settings.name)
     processor = load_processor(settings)
     parts, notes = _long_enough(examples, config.num_frames, data.on_error)
+
+    def refuse_other_positions(resized: dict[str, tuple[int, ...]]) -> None:
+        positions = [key for key, shape in resized.items() if len(shape) > 2]
+        if config.num_frames != own and positions:
+            raise SliceFineError(
+                f"`data.num_frames` is {own} for {settings.name}, which has learned a position for each frame ({', '.join(positions)}); "
+                f"got {config.num_frames}. Leave it out."
+            )
+
     found = load_classifier(
-        AutoModelForVideoClassification, settings, config, lambda error: not_loaded(settings, "image processor", error)
+        AutoModelForVideoClassification,
+        settings,
+        config,
+        lambda error: not_loaded(settings, "image processor", error),
+        refuse_other_positions,
     )
     model = found.model
-    positions = [key for key, shape in found.resized.items() if len(shape) > 2]
-    if config.num_frames != own and positions:
-        raise SliceFineError(
-            f"`data.num_frames` is {own} for {settings.name}, which has learned a position for each frame ({', '.join(positions)}); "
-            f"got {config.num_frames}. Leave it out."
-        )
     plain = Inputs(processor=processor, num_frames=config.num_frames, dtype=model.dtype)
     refuse_other_processor(
         model, [plain.of([Image.new("RGB", size, "gray")] * config.num_frames) for size in TRIED], settings.name

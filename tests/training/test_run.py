@@ -64,7 +64,11 @@ def trained_logits(folder: Path, settings: dict[str, Any]) -> torch.Tensor:
         return model(**tokenizer(["ball soup", "moon star star"], padding=True, return_tensors="pt")).logits
 
 
-def test_from_recipe_to_plain_transformers(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_from_recipe_to_plain_transformers(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     recipe = Recipe.from_flat(settings)
     record = train(recipe)
     folder = tmp_path / "run"
@@ -89,7 +93,7 @@ def test_from_recipe_to_plain_transformers(settings: dict[str, Any], tmp_path: P
         "recipe.yaml",
         "record.json",
     ]
-    assert not (Path.cwd() / "runs").exists()  # where TensorBoard writes if nobody tells it where
+    assert not any(Path.cwd().iterdir())  # TensorBoard writes here if nobody tells it where
 
     out = export(folder, "merged", tmp_path / "model")
     subprocess.run([sys.executable, "-c", PLAIN, str(out), str(tmp_path / "logits")], check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ OTHER_FOLDER = "Start anew with --overwrite, or name another --output."
 
 
 @dataclass(kw_only=True)
-class Outcome:
+class Outcome(ABC):
     """What is known of any evaluation; written when it begins and when it ends."""
 
     DECIDES: ClassVar[tuple[str, ...]]
@@ -57,17 +58,17 @@ class Outcome:
         """Whether training examples can be searched for what is asked."""
         return True
 
+    @abstractmethod
     def table(self) -> str:
         """The scores, a column a task and the average last."""
-        raise NotImplementedError
 
     def details(self) -> list[str]:
         """Tables of the parts of a score."""
         return []
 
+    @abstractmethod
     def notes(self) -> list[str]:
         """What else to know of the last session."""
-        raise NotImplementedError
 
     def write(self, folder: Path) -> None:
         """Write `results.json` into `folder`, all or nothing."""

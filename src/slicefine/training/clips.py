@@ -167,7 +167,7 @@ def _decoded(source: Source) -> Iterator[VideoFrame]:
 def _opened(source: Source) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its pictures; closed in the end. Raises `SliceFineError` without the file's name."""
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115  (closed below)
+        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115 -- closed below
     except OSError as error:
         raise SliceFineError(f"the file cannot be opened ({error.strerror}). Mend or remove it.") from error
     with file:

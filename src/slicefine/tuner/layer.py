@@ -52,7 +52,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         self.base_layer: Any = base_layer
         self.parameter = parameter
         self.out_features, self.in_features = self.shape[:2]
-        self._turned = self.place.turned
+        self._turned = self.place.turned  # asked for in every forward pass
         self.slicefine_weight = MasterDict()
         self.slicefine_bias = MasterDict()
         self.slicefine_index: Any = BufferDict(persistent=False)  # its values are typed as possibly None
@@ -120,6 +120,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
     @property
     def bias(self) -> Tensor | None:
         """The bias of the base layer; the same holds."""
+        self._take_in()
         return read_bias(self) if self.trains_now() else self.place.bias
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,18 +176,20 @@ def attach(
     *,
     task: str,
     heads: Sequence[str] = (),
-    slide_every: int = 500,
+    slide_every: int | None = 500,
     total_steps: int = 1000,
     seed: int = 0,
+    slice_settings: Mapping[str, Any] | None = None,
 ) -> Attached:
     """Make `model` ready to be trained by `method`; the model is changed in place.
 
     Args:
         task: One of `models.BUILT_BY`.
         heads: Names of modules that are new for the task, trained in full.
-        slide_every: Optimizer steps per position of the slices of SliceFine.
+        slide_every: Optimizer steps per position of the slices of SliceFine; None = they do not move.
         total_steps: Length of the run in optimizer steps, for the schedule of AdaLoRA.
         seed: Seed of random masks.
+        slice_settings: Further settings of `SliceFineConfig`, for methods with slices.
 
     Raises `SliceFineError` with the reason if the method cannot be attached.
     """
@@ -203,6 +206,8 @@ def attach(
 
     try:
         config = _config(method, places, slide_every=slide_every, total_steps=total_steps, seed=seed)
+        if method.has_slices:
+            config = dataclasses.replace(config, **slice_settings or {})
         config.task_type = PEFT_TASKS.get(task)
         if heads:
             config.modules_to_save = list(heads)
@@ -211,6 +216,9 @@ def attach(
         raise SliceFineError(str(error)) from error
     if method.has_slices:
         return _attached(method, adapted, heads, total=total, active=parameter_counts(adapted).active)
+    for name, parameter in adapted.named_parameters():
+        if ".ranknum." in name:  # AdaLoRA's count of ranks, which PEFT trains on the meta device, and there alone
+            parameter.requires_grad_(False)
     added = sum(p.numel() for name, p in adapted.named_parameters() if PREFIXES[method.kind] in name)
     if method.kind != ADALORA:
         return _attached(method, adapted, heads, total=total, added=added)
@@ -220,7 +228,9 @@ def attach(
     return _attached(method, called, heads, total=total, added=added, after_step=inner.update_and_allocate)
 
 
-def _config(method: Method, places: Mapping[str, Place], *, slide_every: int, total_steps: int, seed: int) -> Any:
+def _config(
+    method: Method, places: Mapping[str, Place], *, slide_every: int | None, total_steps: int, seed: int
+) -> Any:
     """The settings that `methods.KINDS` has in words."""
     r, targets = method.r, list(places)
     assert r is not None
@@ -249,7 +259,16 @@ def _config(method: Method, places: Mapping[str, Place], *, slide_every: int, to
         return HRAConfig(r=r, target_modules=targets)
     # Said outright, what torch does anyway: otherwise it warns in the first step.
     torch.sparse.check_sparse_tensor_invariants.disable()
-    return ShiraConfig(r=r, random_seed=seed, target_modules=targets)
+    config = ShiraConfig(r=r, random_seed=seed, target_modules=targets)
+    if any(place.stored.is_meta for place in places.values()):
+        config.mask_fn = _first_weights
+    return config
+
+
+def _first_weights(layer: nn.Linear, r: int, **_: Any) -> torch.Tensor:
+    """As many weights as SHiRA takes, which ones is all the same: on the meta device none can be found by their values."""
+    rows, columns = layer.weight.shape
+    return (torch.arange(rows * columns) < r * (rows + columns)).view(rows, columns)
 
 
 def _attached(

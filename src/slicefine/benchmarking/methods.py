@@ -28,10 +28,14 @@ class Kind:
     """The settings other than the rank, in words."""
     source: str
     """Where rank and settings come from."""
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    """The grid that it chooses from where no other is given; of one length for all, around what is usual for it."""
     speed_only: bool = False
     """Whether it is there to be timed, and not to be trained."""
 
 
+HIGHER = (1e-3, 3e-3, 1e-2, 3e-2)
+"""Learning rates of methods that train few numbers, or numbers that begin at zero."""
 KINDS = {
     FROZEN: Kind(
         title="no trainable weight; gradients flow through all activations",
@@ -39,19 +43,28 @@ KINDS = {
         source="the lower limit of a step that propagates through all layers",
         speed_only=True,
     ),
-    FULL: Kind(title="every weight", settings="weights and moments in the dtype of the model", source="usual"),
-    HEAD_ONLY: Kind(title="the new head alone", settings="in full", source="usual"),
+    FULL: Kind(
+        title="every weight",
+        settings="weights and moments in the dtype of the model",
+        source="usual",
+        learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
+    ),
+    HEAD_ONLY: Kind(
+        title="the new head alone", settings="in full", source="usual", learning_rates=(1e-2, 3e-2, 1e-1, 3e-1)
+    ),
     SLICEFINE: Kind(
         title="a sliding slice of every weight: rows (R), columns (C), or in turn (RC)",
         r=5,
         settings="a move every 500 steps, adjacent positions",
         source="poster: rank 1 or 5, N of about 500 steps",
+        learning_rates=HIGHER,
     ),
     ROCOFT: Kind(
         title="the first rows (R) or columns (C) of every weight, which do not slide",
         r=5,
         settings="rows; a slice of SliceFine without moves",
         source="poster: as many parameters as SliceFine-5R (6.90 M and 6.89 M)",
+        learning_rates=HIGHER,
     ),
     LORA: Kind(
         title="low-rank updates",
@@ -64,18 +77,21 @@ KINDS = {
         r=8,
         settings="target_r = r, init_r = 1.5 r, lora_alpha 8, orth_reg_weight 0.5; ranks are cut from 4 % of the steps to the last 10 %",
         source="PEFT's defaults; the steps: PEFT's comparison on MetaMathQA",
+        learning_rates=HIGHER,
     ),
     VERA: Kind(
         title="vectors that scale frozen random projections",
         r=256,
         settings="d_initial 0.1, one pair of projections for all layers",
         source="PEFT's defaults",
+        learning_rates=HIGHER,
     ),
     PREFIX: Kind(
         title="keys and values before those of the input; r is their number",
         r=30,
         settings="no projection",
         source="LLM-Adapters",
+        learning_rates=HIGHER,
     ),
     HRA: Kind(
         title="Householder reflections",
@@ -88,12 +104,14 @@ KINDS = {
         r=32,
         settings="as many as LoRA of rank r has, mask `random`",
         source="PEFT's defaults",
+        learning_rates=HIGHER,
     ),
     RANDOM_MASK: Kind(
         title="single weights at random places, by masking the gradient of the whole weight",
         r=5,
         settings="as many in every weight as r rows have; gradient and moments of the whole weight, in the dtype of the model",
         source="poster: random masks match in accuracy, and are slow",
+        learning_rates=HIGHER,
     ),
     SPLIT_ROWS: Kind(
         title="the weight cut in three by rows, their outputs concatenated",

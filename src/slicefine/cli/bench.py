@@ -1,4 +1,4 @@
-"""`slicefine bench speed` and `slicefine bench memory`."""
+"""`slicefine bench speed`, `slicefine bench memory` and `slicefine bench quality`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from jsonargparse import ArgumentParser
 from slicefine.benchmarking.methods import METHODS, PATTERNS
 from slicefine.benchmarking.models import MODELS
 from slicefine.benchmarking.settings import DEVICES, DTYPES, REFERENCES, SWEEPS, Settings
+from slicefine.cli import bench_quality
 from slicefine.cli.quiet import quiet
 from slicefine.errors import did_you_mean
 from slicefine.training.extras import require_train
 
 NAME = "bench"
-HELP = "Measure fine-tuning methods side by side: time of a step, memory."
+HELP = "Measure fine-tuning methods side by side: time of a step, memory, scores."
+QUALITY = "quality"
 BENCHMARKS = {
     "speed": "Time of a training step, of a move, and of inference, all methods on the same batches.",
     "memory": "Bytes saved for backward, gradients, moments, and the peak on a GPU, by method.",
@@ -32,7 +34,7 @@ def add(parser: ArgumentParser) -> None:
     """Add the benchmarks, each with its arguments."""
     commands = parser.add_subcommands(dest="what", required=False, title="benchmarks", metavar="BENCHMARK")
     for name, parsers in _parsers().items():
-        commands.add_subcommand(name, parsers, help=BENCHMARKS[name])
+        commands.add_subcommand(name, parsers, help=BENCHMARKS.get(name, bench_quality.HELP))
 
 
 def _parsers() -> dict[str, ArgumentParser]:
@@ -40,6 +42,7 @@ def _parsers() -> dict[str, ArgumentParser]:
     for name, text in BENCHMARKS.items():
         made[name] = ArgumentParser(description=text, exit_on_error=False, allow_abbrev=False)
         _add_flags(made[name], timed=name == "speed")
+    made[QUALITY] = bench_quality.parser()
     return made
 
 
@@ -103,7 +106,7 @@ def explain(error: ArgumentError) -> str | None:
     """What is wrong with what was given, in our words."""
     text = str(error)
     if found := re.search(r"invalid choice: '(.*?)'", text):
-        return f"There is no benchmark {found[1]!r}; there are {', '.join(BENCHMARKS)}.{did_you_mean(found[1], BENCHMARKS)}"
+        return f"There is no benchmark {found[1]!r}; there are {', '.join(_parsers())}.{did_you_mean(found[1], _parsers())}"
     if found := re.search(r"unrecognized arguments: (\S+)", text):
         word = found[1].partition("=")[0]
         flags = sorted({flag for one in _parsers().values() for flag in re.findall(r"--[\w.-]+", one.format_help())})
@@ -122,6 +125,8 @@ def run(given: Any) -> int:
         add(parser)
         parser.print_help()
         return 0
+    if what == QUALITY:
+        return bench_quality.run(given[what])
     fields = {field.name for field in dataclasses.fields(Settings)}
     values = {name: value for name, value in given[what].items() if name in fields and value is not None}
     for name in ("models", "methods"):

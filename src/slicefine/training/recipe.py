@@ -185,7 +185,12 @@ class Recipe:
 
         Raises `SliceFineError` with every problem of the file and of the values.
         """
-        given, problems = schema.flatten(cls, schema.read_yaml(Path(path)))
+        return cls.of(schema.read_yaml(Path(path)), overrides, f"Recipe {path}")
+
+    @classmethod
+    def of(cls, content: dict[Any, Any], overrides: Mapping[str, Any] | None, where: str) -> Recipe:
+        """The recipe that YAML `content` is, by sections or by dotted keys; as `load`, with `where` to begin messages."""
+        given, problems = schema.flatten(cls, content)
         given |= overrides or {}
         values: dict[str, Any] = {}
         for key, value in given.items():
@@ -197,7 +202,7 @@ class Recipe:
         problems += [f"`{key}` is missing: {_help(key)}." for key in required if key not in given]
         # What is missing or of another type has been noted; a stand-in lets the other values be checked with it.
         recipe = cls.from_flat(dict.fromkeys(required, next(iter(TASKS))) | values)
-        raise_all(problems + recipe.problems(task_known="task" in values), f"Recipe {path}")
+        raise_all(problems + recipe.problems(task_known="task" in values), where)
         return recipe
 
     @classmethod

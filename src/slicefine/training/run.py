@@ -14,12 +14,11 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import transformers
 from peft import TaskType, get_peft_model
 from peft.peft_model import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     TensorBoardCallback,
@@ -37,6 +36,7 @@ from slicefine.training.progress import Interrupt, SliceFineProgress, StepTimer
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import RunRecord
 from slicefine.training.tasks import Prepared, Task, get_task
+from slicefine.training.trainer import make_arguments, make_trainer, trackers
 from slicefine.tuner import SliceFineConfig, parameter_counts
 
 
@@ -65,7 +65,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
     else:
         folders.refuse_used(folder)
     task = get_task(recipe.task)
-    config, arguments = _slice_config(recipe), _arguments(recipe, task, folder)
+    config, arguments = _slice_config(recipe), make_arguments(recipe, task, folder)
     examples = task.read(recipe.data)
     saved = RunRecord.read(folder) if checkpoint else None
     if saved:
@@ -80,13 +80,13 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
     timer, interrupt = StepTimer(), Interrupt()
     callbacks = [
         SliceFineCallback(allow_inexact_resume=True),  # what the checkpoint lacks was refused or allowed before
-        *_trackers(recipe, folder),
+        *_tensorboard(recipe, folder),
         SliceFineProgress(),
         timer,
         interrupt,
     ]
     try:
-        trainer = _trainer(task, prepared, model, arguments, callbacks)
+        trainer = make_trainer(task, prepared, model, arguments, callbacks)
         if checkpoint is None:
             preflight(trainer)
     except BaseException:
@@ -140,32 +140,6 @@ def _few_cores(recipe: Recipe) -> list[str]:
     return [f"Processes that prepare batches: {cores}, not {asked}; as many as there are cores."]
 
 
-def _trainer(
-    task: Task,
-    prepared: Prepared,
-    model: PeftModel,
-    arguments: TrainingArguments,
-    callbacks: list[TrainerCallback],
-) -> CheckedTrainer:
-    try:
-        trainer = task.TRAINER(
-            model=cast(Any, model),  # Trainer takes a PeftModel; its annotation does not say so
-            args=arguments,
-            train_dataset=prepared.train,
-            eval_dataset=prepared.validation,
-            processing_class=prepared.processor,
-            data_collator=prepared.collator,
-            compute_metrics=prepared.compute_metrics,
-            callbacks=callbacks,
-        )
-    except SliceFineError:
-        raise
-    except ValueError as error:
-        raise SliceFineError(f"{task.TRAINER.__name__} refuses the recipe: {error}") from error
-    trainer.remove_callback(PrinterCallback)  # Trainer's stand-in for the bar that `disable_tqdm` takes away
-    return trainer
-
-
 def _run(
     recipe: Recipe,
     trainer: CheckedTrainer,
@@ -204,12 +178,12 @@ def _setting_problems(recipe: Recipe) -> list[str]:
     known = [*INTEGRATION_TO_CALLBACK, "none"]
     problems = [
         f"`training.report_to` names trackers that transformers knows; got {name!r}.{did_you_mean(name, known)}"
-        for name in _report_to(recipe)
+        for name in trackers(recipe)
         if name not in known
     ]
     problems += [
         f"`training.report_to` names {name!r}, which is not installed. Install it, or leave it out."
-        for name in _report_to(recipe)
+        for name in trackers(recipe)
         if name in INTEGRATION_TO_CALLBACK and name not in get_available_reporting_integrations()
     ]
     if problem := model_problem(recipe.model.name):
@@ -220,11 +194,6 @@ def _setting_problems(recipe: Recipe) -> list[str]:
             "launch, or use SliceFineConfig in a training script of your own."
         )
     return problems
-
-
-def _report_to(recipe: Recipe) -> list[str]:
-    names = recipe.training.report_to
-    return [names] if isinstance(names, str) else names
 
 
 def _slice_config(recipe: Recipe) -> SliceFineConfig:
@@ -249,29 +218,9 @@ def _modules_to_save(model: PeftModel) -> list[str]:
     return sorted(module for module in set(wanted) if any(name.endswith(f".{module}") for name in names))
 
 
-def _arguments(recipe: Recipe, task: Task, folder: Path) -> TrainingArguments:
-    trackers = [name for name in _report_to(recipe) if name != "tensorboard"]
-    settings = dataclasses.asdict(recipe.training) | {
-        "report_to": trackers or "none",
-        "output_dir": str(folder / folders.CHECKPOINTS),
-        "eval_strategy": "epoch" if recipe.training.eval_steps is None else "steps",
-        "save_strategy": "epoch" if recipe.training.save_steps is None else "steps",
-        "logging_first_step": True,
-        "label_names": ["labels"],
-        "dataloader_num_workers": min(recipe.training.dataloader_num_workers, records.usable_cores()),
-        "use_cpu": not torch.accelerator.is_available(),
-        "dataloader_pin_memory": torch.accelerator.is_available(),
-        "disable_tqdm": True,
-    }
-    try:
-        return task.arguments(recipe.data, settings)
-    except ValueError as error:  # bf16 on a GPU that cannot, say
-        raise SliceFineError(f"`training`: transformers refuses these settings: {error}") from error
-
-
-def _trackers(recipe: Recipe, folder: Path) -> list[TrainerCallback]:
+def _tensorboard(recipe: Recipe, folder: Path) -> list[TrainerCallback]:
     """TensorBoard, writing into the run folder, behind the callback whose values it is to show."""
-    if "tensorboard" not in _report_to(recipe):
+    if "tensorboard" not in trackers(recipe):
         return []
     tensorboard = TensorBoardCallback()
     tensorboard.logging_dir = str(folder / folders.LOGS)

@@ -12,7 +12,7 @@ import inspect
 import re
 import textwrap
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -60,14 +60,18 @@ def settings(whole: type) -> dict[str, Setting]:
     return {setting.key: setting for setting in found}
 
 
-def add_arguments(parser: ArgumentParser, whole: type) -> None:
-    """Add `--<dotted key>` for every setting, in one group a section."""
+def add_arguments(parser: ArgumentParser, whole: type, keys: Collection[str] | None = None) -> None:
+    """Add `--<dotted key>` for every setting, or for `keys`, in one group a section."""
     groups = {
         section: parser.add_argument_group(f"{section}: {str(inspect.getdoc(kind)).rstrip('.')}")
         for section, kind in sections(whole).items()
+        if keys is None or any(key.startswith(f"{section}.") for key in keys)
     }
-    groups[""] = parser.add_argument_group("run")
+    if keys is None:
+        groups[""] = parser.add_argument_group("run")
     for setting in settings(whole).values():
+        if keys is not None and setting.key not in keys:
+            continue
         # What is required may stand in the file, so the command line never demands it.
         default = SUPPRESS if setting.default is REQUIRED else setting.default
         group = groups[setting.key.rpartition(".")[0]]

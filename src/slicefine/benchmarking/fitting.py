@@ -1,0 +1,221 @@
+"""One run of a comparison: a method trains a task's model with the trainer that `slicefine train` uses, and is judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from slicefine.benchmarking.ablations import CarriedMoments, Rewarm, slices_of
+from slicefine.benchmarking.attaching import Attached, attach
+from slicefine.benchmarking.cells import Outcome
+from slicefine.benchmarking.suite import QualityTask
+from slicefine.benchmarking.variants import CARRIED, Variant
+from slicefine.training.checked import CheckedTrainer, NotFiniteError
+from slicefine.training.recipe import Recipe
+from slicefine.training.record import commit, now
+from slicefine.training.tasks import Prepared, get_task
+from slicefine.training.trainer import make_arguments, make_trainer
+from slicefine.tuner import parameter_counts
+
+TEXT = "text-classification"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that decides a run."""
+
+    task: QualityTask
+    variant: Variant
+    learning_rate: float
+    seed: int
+    steps: int
+    final_steps: int
+    """Length of a final run: shorter ones have as many moves."""
+    evaluations: int
+    """How often the examples that choose are scored, the last time after the last step."""
+    final: bool
+
+
+def fit(job: Job) -> Outcome:
+    """Train and judge. A loss or a gradient that is not finite is an outcome; all else that goes wrong is raised."""
+    transformers.utils.logging.set_verbosity_error()
+    gc.collect()
+    prepared = prepare(job.task.recipe, job.seed)
+    attached = attach_to(prepared, job)
+    transformers.set_seed(
+        job.seed
+    )  # some methods have drawn initial values; batches and dropout are to be the same for all
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(job, prepared, attached, Path(folder))
+        clock = _Clock()
+        trainer.add_callback(clock)
+        diverged = None
+        try:
+            trainer.train()
+        except NotFiniteError as error:
+            diverged = str(error)
+        curve = [_named(entry) for entry in trainer.state.log_history if "eval_loss" in entry]
+        judged: dict[str, Any] = {"loss": None, "scores": {}}
+        if diverged is None:
+            judged = _judge(trainer, job, prepared) if job.final else _last(curve)
+    counts = attached.counts
+    return Outcome(
+        active=counts.active,
+        touched=_touched(attached, job.steps),
+        head=counts.head,
+        added=counts.added,
+        total=counts.total,
+        steps=trainer.state.global_step,
+        curve=curve,
+        seconds=round(clock.seconds, 3),
+        peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        diverged=diverged,
+        made={"at": now(), "commit": commit()},
+        **judged,
+    )
+
+
+def prepare(recipe: Recipe, seed: int) -> Prepared:
+    """Model and examples; a new head is drawn with `seed`. Texts to choose by are in the order of their lengths: less padding."""
+    transformers.set_seed(seed)
+    prepared = get_task(recipe.task).prepare(recipe, _examples(recipe))
+    if recipe.task != TEXT:
+        return prepared
+    return dataclasses.replace(prepared, validation=_by_length(prepared.validation))
+
+
+@functools.lru_cache(maxsize=16)
+def _examples(recipe: Recipe) -> Any:
+    return get_task(recipe.task).read(recipe.data)
+
+
+def _by_length(examples: Any) -> Any:
+    lengths = [len(tokens) for tokens in examples["input_ids"]]
+    return examples.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+
+
+def attach_to(prepared: Prepared, job: Job) -> Attached:
+    """The method on the model. Raises `SliceFineError` with the reason if it cannot be."""
+    return attach(
+        job.variant.method,
+        prepared.model,
+        task=job.task.recipe.task,
+        heads=prepared.new_modules,
+        slide_every=job.variant.every(job.steps, job.final_steps),
+        total_steps=job.steps,
+        seed=job.seed,
+        slice_settings=job.variant.slice_settings,
+    )
+
+
+def trainer_of(job: Job, prepared: Prepared, attached: Attached, folder: Path) -> CheckedTrainer:
+    """The trainer of the task, with what the method wants done after a step."""
+    recipe, model = job.task.recipe, attached.model
+    task = get_task(recipe.task)
+    changes: dict[str, Any] = {"train_sampling_strategy": "group_by_length"} if recipe.task == TEXT else {}
+    arguments = make_arguments(
+        recipe,
+        task,
+        folder,
+        max_steps=job.steps,
+        learning_rate=job.learning_rate,
+        seed=job.seed,
+        data_seed=job.seed,
+        report_to="none",
+        save_strategy="no",
+        eval_strategy="steps",
+        eval_steps=max(1, job.steps // job.evaluations),
+        logging_steps=job.steps,
+        **changes,
+    )
+    callbacks: list[TrainerCallback] = []
+    if attached.after_step is not None:
+        callbacks.append(_AfterStep(attached))
+    callbacks += _of_ablation(job, model)
+    return make_trainer(task, prepared, cast(Any, model), arguments, callbacks)
+
+
+def _of_ablation(job: Job, model: nn.Module) -> list[TrainerCallback]:
+    every = job.variant.every(job.steps, job.final_steps)
+    if every is None or not job.variant.method.has_slices:
+        return []
+    made: list[TrainerCallback] = []
+    if job.variant.moments == CARRIED:
+        made.append(CarriedMoments(slices_of(model)))
+    if job.variant.rewarm:
+        made.append(Rewarm(slices_of(model), steps=job.variant.rewarm, slide_every=every))
+    return made
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, attached: Attached) -> None:
+        self._attached = attached
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._attached.after_step is not None
+        self._attached.after_step(state.global_step)
+
+
+class _Clock(TrainerCallback):
+    """Seconds in training steps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+def _judge(trainer: CheckedTrainer, job: Job, prepared: Prepared) -> dict[str, Any]:
+    """Loss, scores and predictions of the examples that nothing was chosen on."""
+    test = prepare(job.task.judging, job.seed).validation
+    if prepared.compute_metrics is None:
+        return _last([_named(trainer.evaluate(cast(Any, test)) | {"step": job.steps})])
+    found = trainer.predict(cast(Any, test))
+    outputs = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
+    predicted = np.argmax(outputs, axis=-1) if outputs.shape[-1] > 1 else outputs[:, 0]
+    metrics = {f"eval_{key.removeprefix('test_')}": value for key, value in (found.metrics or {}).items()}
+    labels = np.asarray(found.label_ids)
+    judged = _last([_named(metrics | {"step": job.steps})])
+    return judged | {"predicted": predicted.tolist(), "labels": labels.tolist()}
+
+
+def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The loss and the scores among Trainer's figures, and the step."""
+    speeds = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+    return {"step": metrics["step"]} | {key: value for key, value in named.items() if key not in speeds}
+
+
+def _last(curve: list[dict[str, float]]) -> dict[str, Any]:
+    last = curve[-1]
+    return {"loss": last["loss"], "scores": {key: value for key, value in last.items() if key not in ("step", "loss")}}
+
+
+def _touched(attached: Attached, steps: int) -> int:
+    if not attached.method.has_slices:
+        return attached.counts.active
+    planned = parameter_counts(attached.model, steps).planned
+    assert planned is not None
+    return planned

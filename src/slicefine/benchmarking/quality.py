@@ -1,0 +1,278 @@
+"""`slicefine bench quality`: learning rates are chosen, every method is run with every seed, and what came of it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from slicefine.benchmarking import quality_timing
+from slicefine.benchmarking.attaching import adapter_size, equal_in_size, find_places
+from slicefine.benchmarking.cells import Cell, Cells, Outcome
+from slicefine.benchmarking.fitting import Job, fit, prepare
+from slicefine.benchmarking.methods import Method, method
+from slicefine.benchmarking.processes import in_processes
+from slicefine.benchmarking.quality_settings import QualitySettings
+from slicefine.benchmarking.suite import QualityTask, load_suite
+from slicefine.benchmarking.timing import Measured, reason
+from slicefine.benchmarking.variants import Variant
+from slicefine.training.record import versions
+from slicefine.training.tasks import get_task
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """All that was found, as far as it is."""
+
+    settings: QualitySettings
+    tasks: list[QualityTask]
+    variants: dict[str, list[Variant]]
+    """Task -> methods; their ranks may differ from task to task where parameters are to be equal."""
+    sources: dict[str, dict[str, Any]]
+    """Task -> where its examples come from, and how many there are."""
+    rates: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Task and method -> the learning rate chosen."""
+    grid: dict[Cell, Outcome] = field(default_factory=dict)
+    final: dict[Cell, Outcome] = field(default_factory=dict)
+    failed: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Task and method -> why there is no result."""
+    timed: dict[str, Measured] = field(default_factory=dict)
+    """Task -> seconds of training steps, all methods interleaved."""
+    interrupted: bool = False
+
+    def of(self, task: str, variant: str) -> list[Outcome]:
+        """The final runs of a method on a task, by seed."""
+        cells = sorted((c for c in self.final if (c.task, c.method) == (task, variant)), key=lambda c: c.seed)
+        return [self.final[cell] for cell in cells]
+
+
+class Listener(Protocol):
+    """Told whenever something was found."""
+
+    def __call__(self, found: Comparison) -> None: ...
+
+
+def compare(settings: QualitySettings, changed: Listener) -> Comparison:
+    """Make every run that was not made before; what is finished is kept when Ctrl-C, or a failure of one method, ends the rest.
+
+    Raises `SliceFineError` before the first run for what is wrong with suite, data, models or kept files.
+    """
+    tasks = load_suite(settings.suite, settings.overrides, held_out=settings.held_out)
+    found = _Plan(settings, tasks).comparison()
+    runs = _Runs(settings, found, changed)
+    try:
+        if settings.rounds:
+            _time(settings, found)
+            changed(found)
+        runs.make(list(runs.of_grid()))
+        _choose(found)
+        runs.make(list(runs.of_final()))
+    except KeyboardInterrupt:
+        found.interrupted = True
+    finally:
+        runs.bar.close()
+    changed(found)
+    return found
+
+
+class _Plan:
+    """What is read before the first run: examples, and the sizes of methods that are to be equal."""
+
+    def __init__(self, settings: QualitySettings, tasks: list[QualityTask]) -> None:
+        self._settings, self._tasks = settings, tasks
+
+    def comparison(self) -> Comparison:
+        sources, variants = {}, {}
+        for task in self._tasks:
+            module = get_task(task.recipe.task)
+            read, judging = module.read(task.recipe.data), module.read(task.judging.data)
+            sources[task.name] = {"choose": read.summary(), "judge": judging.summary()}
+            variants[task.name] = self._settings.variants(self._methods(task))
+        return Comparison(settings=self._settings, tasks=self._tasks, variants=variants, sources=sources)
+
+    def _methods(self, task: QualityTask) -> list[Method]:
+        methods = [method(name) for name in self._settings.methods]
+        if self._settings.equal_parameters is None:
+            return methods
+        reference = method(self._settings.equal_parameters)
+        prepared = prepare(task.recipe, self._settings.seed)
+        places = find_places(prepared.model, prepared.new_modules)
+        size = adapter_size(reference, prepared.model, places, prepared.new_modules)
+        sized = [one if one == reference else equal_in_size(one, size, prepared.model, places) for one in methods]
+        return list(dict.fromkeys(sized))
+
+
+def _time(settings: QualitySettings, found: Comparison) -> None:
+    cells = Cells(Path(settings.cells))
+    _, threads = settings.at_once(gpu=torch.cuda.is_available())
+    for task in found.tasks:
+        measured = quality_timing.measured(cells, task, found.variants[task.name], settings, threads)
+        found.timed[task.name] = measured
+        if measured.interrupted:
+            raise KeyboardInterrupt
+
+
+def _choose(found: Comparison) -> None:
+    """The learning rate with the lowest loss on the examples that choose, by task and method."""
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for cell, outcome in found.grid.items():
+        loss = math.inf if outcome.loss is None or not math.isfinite(outcome.loss) else outcome.loss
+        key = (cell.task, cell.method)
+        best[key] = min(best.get(key, (math.inf, math.inf)), (loss, cell.learning_rate))
+    for key, (loss, rate) in best.items():
+        if math.isfinite(loss):
+            found.rates[key] = rate
+        else:
+            found.failed.setdefault(key, "it diverged at every learning rate of its grid")
+
+
+class _Runs:
+    """Makes runs, tells of each, and keeps it."""
+
+    def __init__(self, settings: QualitySettings, found: Comparison, changed: Listener) -> None:
+        self._settings, self._found, self._changed = settings, found, changed
+        self._cells = Cells(Path(settings.cells))
+        self.bar = tqdm(total=self._planned_steps(), desc="quality", unit="step", smoothing=0.05, dynamic_ncols=True)
+
+    def _planned_steps(self) -> int:
+        """Of all runs, kept ones too, so that the bar says what is left of the whole."""
+        settings = self._settings
+        every = [one for variants in self._found.variants.values() for one in variants]
+        grid = sum(len(settings.rates(one.method)) for one in every) * settings.steps_of_grid
+        return grid + len(every) * settings.seeds * settings.steps
+
+    def of_grid(self) -> Iterator[tuple[Cell, Job]]:
+        """Every learning rate, the first seed."""
+        for task in self._found.tasks:
+            for variant in self._found.variants[task.name]:
+                for rate in self._settings.rates(variant.method):
+                    yield self._run(task, variant, rate, self._settings.seed, final=False)
+
+    def of_final(self) -> Iterator[tuple[Cell, Job]]:
+        """Every seed, at the learning rate chosen; seed by seed, so that what is there after Ctrl-C can be compared."""
+        for seed in range(self._settings.seed, self._settings.seed + self._settings.seeds):
+            for task in self._found.tasks:
+                for variant in self._found.variants[task.name]:
+                    rate = self._found.rates.get((task.name, variant.name))
+                    if rate is not None:
+                        yield self._run(task, variant, rate, seed, final=True)
+
+    def _run(self, task: QualityTask, variant: Variant, rate: float, seed: int, *, final: bool) -> tuple[Cell, Job]:
+        steps = self._settings.steps if final else self._settings.steps_of_grid
+        job = Job(
+            task=task,
+            variant=variant,
+            learning_rate=rate,
+            seed=seed,
+            steps=steps,
+            final_steps=self._settings.steps,
+            evaluations=self._settings.evaluations if final else 1,
+            final=final,
+        )
+        cell = Cell(task=task.name, method=variant.name, learning_rate=rate, seed=seed, steps=steps, final=final)
+        return cell, job
+
+    def make(self, wanted: Sequence[tuple[Cell, Job]]) -> None:
+        """Make those runs of `wanted` that were not made before."""
+        missing = []
+        for cell, job in wanted:
+            kept = self._cells.read(cell, self._decisive(job))
+            if kept is None:
+                missing.append((cell, job))
+            else:
+                self._note(cell, kept)
+        gpu = torch.cuda.is_available()
+        processes, threads = self._settings.at_once(gpu=gpu)
+        for (cell, job), result in in_processes(
+            attempt, missing, processes=processes, threads=threads, wanted=self._still_wanted
+        ):
+            if isinstance(result, str):
+                self._fail(cell, result)
+                continue
+            self._cells.keep(cell, self._decisive(job), result)
+            self._note(cell, result)
+            loss = f"loss {result.loss:.4f}" if result.loss is not None else "diverged"
+            scores = ", ".join([loss, *(f"{name} {value:.4f}" for name, value in result.scores.items())])
+            self.bar.write(f"{cell.words}: {scores}", file=sys.stderr)
+            self._changed(self._found)
+
+    def _still_wanted(self, run: tuple[Cell, Job]) -> bool:
+        wanted = (run[0].task, run[0].method) not in self._found.failed
+        if not wanted:
+            self.bar.update(run[0].steps)
+        return wanted
+
+    def _note(self, cell: Cell, outcome: Outcome) -> None:
+        (self._found.final if cell.final else self._found.grid)[cell] = outcome
+        self.bar.update(cell.steps)
+
+    def _fail(self, cell: Cell, why: str) -> None:
+        self.bar.update(cell.steps)
+        if (cell.task, cell.method) not in self._found.failed:
+            self.bar.write(f"{cell.task}, {cell.method}: {why}", file=sys.stderr)
+        self._found.failed.setdefault((cell.task, cell.method), why)
+        self._changed(self._found)
+
+    def _decisive(self, job: Job) -> dict[str, Any]:
+        """What decides a run beside its cell: the recipe, the examples by content, and the versions."""
+        recipe = {
+            key: value
+            for key, value in job.task.recipe.flat().items()
+            if not key.startswith("slice.") and key not in ("output", "data.train", "training.dataloader_num_workers")
+        }
+        recipe |= {
+            "training.learning_rate": None,
+            "training.seed": None,
+            "data.validation": _unless_text(recipe["data.validation"]),
+        }
+        return {
+            "recipe": recipe,
+            "examples": _contents(self._found.sources[job.task.name]),
+            "slide_every": job.variant.every(job.steps, job.final_steps) if job.variant.method.has_slices else None,
+            "evaluations": job.evaluations,
+            "versions": {name: versions()[name] for name in ("torch", "transformers", "peft", "slicefine")},
+        }
+
+
+def _unless_text(validation: float | str | None) -> float | None:
+    return None if isinstance(validation, str) else validation
+
+
+def _contents(sources: dict[str, Any]) -> list[Any]:
+    """What tells examples from others: not where they lie, but what they are."""
+    return [
+        {
+            name: {key: one[key] for key in ("fingerprint", "examples")} if isinstance(one, dict) else one
+            for name, one in read.items()
+        }
+        for read in sources.values()
+    ]
+
+
+def attempt(run: tuple[Cell, Job]) -> Outcome | str:
+    """What a run gave, or in a line why it could not be made; for a process of its own."""
+    transformers.utils.logging.disable_progress_bar()
+    _quiet_maps()
+    try:
+        return fit(run[1])
+    except Exception as error:  # a method that fails in any way is a row with the reason
+        return reason(error)
+
+
+def _quiet_maps() -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def described(settings: QualitySettings) -> dict[str, Any]:
+    """The settings as JSON values."""
+    return dataclasses.asdict(settings)

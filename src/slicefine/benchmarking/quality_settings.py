@@ -1,0 +1,121 @@
+"""What `slicefine bench quality` is told. Read and checked without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slicefine.benchmarking.methods import FROZEN, KINDS, METHODS, Method, method
+from slicefine.benchmarking.suite import settable
+from slicefine.benchmarking.variants import Variant, problems, variants
+from slicefine.errors import SliceFineError, did_you_mean, raise_all
+from slicefine.training.record import usable_cores
+
+TRAINED = tuple(name for name in METHODS if not method(name).speed_only)
+"""Names of the methods that are compared where nothing else is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualitySettings:
+    """Raises `SliceFineError` that lists all problems at once."""
+
+    suite: str
+    """Folder of data sets, or YAML file."""
+    methods: tuple[str, ...] = TRAINED
+    learning_rates: tuple[float, ...] | None = None
+    """Grid of every method; None = a grid of four for each kind of method."""
+    seeds: int = 3
+    """Final runs of every method on every task, with seeds from `seed` on."""
+    seed: int = 0
+    """The first seed, with which learning rates are chosen."""
+    steps: int = 500
+    """Optimizer steps of a final run."""
+    grid_steps: int | None = None
+    """Optimizer steps of a run that chooses a learning rate; None = a quarter of `steps`."""
+    evaluations: int = 8
+    """How often a final run is scored on the examples that choose."""
+    held_out: float = 0.1
+    """Share of the training examples that choose, where a task has no split for it."""
+    rounds: int = 9
+    """Timed rounds of one step of every method; 0 = no times."""
+    processes: int | None = None
+    """Runs at the same time; None = one for every two cores, one on a GPU."""
+    threads: int | None = None
+    """CPU threads of each run; None = its share of the cores."""
+    equal_parameters: str | None = None
+    """A method: the ranks of those that may have any are chosen so that they train nearest to as many parameters."""
+    ablations: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Setting of the methods that slide -> values to try; every combination is a row of its own."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of all recipes, by dotted key."""
+    cells: str = "runs/quality"
+    """Folder for finished runs: none is made twice."""
+    output: str = "runs/bench"
+    """Folder for the results."""
+    board: str | None = None
+    """Folder for results in the fields of PEFT's public comparison; None = none."""
+
+    def __post_init__(self) -> None:
+        found = []
+        for name, least in (
+            ("seeds", 1),
+            ("steps", 8),
+            ("grid_steps", 1),
+            ("evaluations", 1),
+            ("processes", 1),
+            ("threads", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                found.append(f"`--{name}` is at least {least}; got {value}.")
+        if self.rounds < 0:
+            found.append(f"`--rounds` is at least 0; got {self.rounds}.")
+        if not 0 < self.held_out < 1:
+            found.append(f"`--held_out` lies between 0 and 1, ends excluded; got {self.held_out}.")
+        if self.grid_steps is not None and self.grid_steps > self.steps:
+            found.append(f"`--grid_steps` is at most `--steps`, {self.steps}; got {self.grid_steps}.")
+        found += [f"`--learning_rates` are above 0; got {rate}." for rate in self.learning_rates or () if not rate > 0]
+        if self.learning_rates is not None and len(set(self.learning_rates)) < len(self.learning_rates):
+            found.append("`--learning_rates` names one twice.")
+        for name in (*self.methods, *([self.equal_parameters] if self.equal_parameters else [])):
+            try:
+                one = method(name)
+            except SliceFineError as error:
+                found.append(str(error))
+                continue
+            if one.speed_only:
+                why = "it trains nothing" if one.kind == FROZEN else "it is there to be timed"
+                found.append(f"`--methods`: {one.name} has no quality, {why}. See `slicefine bench speed`.")
+        if not self.methods:
+            found.append("`--methods` names at least one.")
+        found += problems(dict(self.ablations), self.steps)
+        known = settable()
+        found += [
+            f"There is no setting {key!r} here.{did_you_mean(key, known)}" for key in self.overrides if key not in known
+        ]
+        for name in ("cells", "output", "board"):
+            value = getattr(self, name)
+            if value is not None and Path(value).exists() and not Path(value).is_dir():
+                found.append(f"`--{name}` is a folder; {value} is a file.")
+        raise_all(found, "slicefine bench quality")
+
+    @property
+    def steps_of_grid(self) -> int:
+        """Steps of a run that chooses."""
+        return self.grid_steps or max(1, self.steps // 4)
+
+    def variants(self, methods: Sequence[Method]) -> list[Variant]:
+        """`methods` with every combination of the ablations' values."""
+        return variants(methods, dict(self.ablations))
+
+    def rates(self, one: Method) -> tuple[float, ...]:
+        """The learning rates that a method may choose from."""
+        return self.learning_rates or KINDS[one.kind].learning_rates
+
+    def at_once(self, *, gpu: bool) -> tuple[int, int]:
+        """Processes, and threads of each."""
+        cores = usable_cores()
+        processes = self.processes or (1 if gpu else max(1, cores // 2))
+        return processes, self.threads or max(1, cores // processes)

@@ -1,0 +1,166 @@
+"""Seconds of a training step on a task's own batches, all methods interleaved: what `bench quality` turns steps into time by.
+
+The times of the runs themselves would compare methods that had other neighbours on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from slicefine.benchmarking.attaching import Attached
+from slicefine.benchmarking.cells import VERSION, Cells
+from slicefine.benchmarking.fitting import Job, attach_to, prepare, trainer_of
+from slicefine.benchmarking.quality_settings import QualitySettings
+from slicefine.benchmarking.setups import ROOM
+from slicefine.benchmarking.suite import QualityTask
+from slicefine.benchmarking.timing import Build, Measured, free_bytes, keep_freed_memory, measure, seconds_of
+from slicefine.benchmarking.variants import Variant
+from slicefine.errors import SliceFineError
+from slicefine.training.record import commit, hardware, now, write_atomically
+
+WARMUP = 2
+COPIES = 4
+"""Weights, gradients and two moments: what a method may keep of every weight."""
+LEARNING_RATE = 1e-4
+
+
+def measured(
+    cells: Cells, task: QualityTask, variants: Sequence[Variant], settings: QualitySettings, threads: int
+) -> Measured:
+    """Seconds of `settings.rounds` steps of every method; kept with the runs, and not measured again."""
+    known = {
+        "task": task.name,
+        "recipe": task.recipe.flat(),
+        "methods": [one.name for one in variants],
+        "rounds": settings.rounds,
+        "threads": threads,
+    }
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    path = cells.folder / f"{task.name}-times-{digest}.json"
+    if path.is_file():
+        return _read(path)
+    found = _measure(task, variants, settings, threads)
+    if not found.interrupted:
+        cells.folder.mkdir(parents=True, exist_ok=True)
+        made = {"at": now(), "commit": commit(), "hardware": hardware()}
+        content = {"version": VERSION, "settings": known, "measured": dataclasses.asdict(found), "made": made}
+        write_atomically(path, json.dumps(content) + "\n")
+    return found
+
+
+def _read(path: Path) -> Measured:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["version"]
+        if version == VERSION:
+            return Measured(**content["measured"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise SliceFineError(
+            f"{path} is not the file of measured times ({error}). Remove it, and they are measured again."
+        ) from error
+    raise SliceFineError(
+        f"{path} is of version {version}; this slicefine reads version {VERSION}. Use another `--cells` folder, or remove the file, and "
+        "times are measured again."
+    )
+
+
+def _measure(task: QualityTask, variants: Sequence[Variant], settings: QualitySettings, threads: int) -> Measured:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
+    batches = _batches(task, settings, device)
+    builds: dict[str, Build] = {
+        one.name: functools.partial(_Step, task, one, settings, batches, device) for one in variants
+    }
+    weights = sum(p.numel() * p.element_size() for p in prepare(task.recipe, settings.seed).model.parameters())
+    room = free_bytes(device)
+    together = room is None or COPIES * weights * len(builds) <= ROOM * room
+    try:
+        return measure(
+            builds,
+            rounds=settings.rounds,
+            warmup=WARMUP,
+            seed=settings.seed,
+            together=together,
+            title=f"{task.name}, time of a step",
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _batches(task: QualityTask, settings: QualitySettings, device: str) -> list[dict[str, Any]]:
+    """The first batches of training, the same for all methods."""
+    import tempfile
+
+    from slicefine.benchmarking.methods import FULL, method
+
+    prepared = prepare(task.recipe, settings.seed)
+    job = _job(task, Variant(method=method(FULL)), settings)
+    attached = attach_to(prepared, job)
+    with tempfile.TemporaryDirectory() as folder:
+        loader: DataLoader[Any] = trainer_of(job, prepared, attached, Path(folder)).get_train_dataloader()
+        found = []
+        for batch in loader:
+            found.append(
+                {key: value.to(device) for key, value in dict(batch).items() if isinstance(value, torch.Tensor)}
+            )
+            if len(found) == settings.rounds + WARMUP:
+                break
+    return found
+
+
+def _job(task: QualityTask, variant: Variant, settings: QualitySettings) -> Job:
+    steps = 2 * (settings.rounds + WARMUP)
+    return Job(
+        task=task,
+        variant=variant,
+        learning_rate=LEARNING_RATE,
+        seed=settings.seed,
+        steps=steps,
+        final_steps=steps,
+        evaluations=1,
+        final=False,
+    )
+
+
+class _Step:
+    """A model that is trained by a method, a step at a time."""
+
+    def __init__(
+        self, task: QualityTask, variant: Variant, settings: QualitySettings, batches: list[dict[str, Any]], device: str
+    ) -> None:
+        prepared = prepare(task.recipe, settings.seed)
+        prepared.model.to(device).train()  # pyright: ignore[reportArgumentType] -- transformers' annotation of `to` has no strings
+        self._attached: Attached = attach_to(prepared, _job(task, variant, settings))
+        self._optimizer = self._attached.optimizer(LEARNING_RATE)
+        self._batches, self._device, self._steps = batches, device, 0
+        self._bf16 = task.recipe.training.bf16
+
+    def __call__(self, number: int) -> float:
+        batch = self._batches[number % len(self._batches)]
+        return seconds_of(lambda: self._train(batch), self._device)
+
+    def _train(self, batch: dict[str, Any]) -> None:
+        cast = torch.autocast(self._device, torch.bfloat16) if self._bf16 else contextlib.nullcontext()
+        with cast:
+            loss = self._attached.model(**batch).loss
+        loss.backward()
+        assert self._optimizer is not None
+        torch.nn.utils.clip_grad_norm_(self._attached.trainable, 1.0)
+        self._optimizer.step()
+        if self._attached.after_step is not None:
+            self._attached.after_step(self._steps)
+        self._optimizer.zero_grad()
+        self._steps += 1

@@ -53,6 +53,37 @@ def growth(groups: Mapping[str, Lines], over: str, label: str) -> str:
     return _svg(figure)
 
 
+def scatter(points: Mapping[str, tuple[float, float]], over: str, label: str) -> str:
+    """One named point a method, the lower axis logarithmic."""
+    figure, (axis,) = _figure(1, width=8, height=5)
+    for name, (x, y) in points.items():
+        ours = name.startswith("SliceFine")
+        axis.plot([x], [y], marker="o" if ours else "s", color="tab:orange" if ours else "0.5")
+        axis.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize="x-small")
+    axis.set(xlabel=over, ylabel=label, xscale="log")
+    axis.margins(x=0.15)
+    return _svg(figure)
+
+
+def curves(groups: Mapping[str, Lines], over: str, label: str) -> str:
+    """One panel a group, one line a method."""
+    figure, axes = _figure(len(groups), width=4.5, height=4.5)
+    names = list(dict.fromkeys(name for lines in groups.values() for name in lines))
+    for axis, (title, lines) in zip(axes, groups.items(), strict=True):
+        for name, points in lines.items():
+            ours = name.startswith("SliceFine")
+            axis.plot(
+                *zip(*points, strict=True),
+                label=name,
+                color=f"C{names.index(name) % 10}",
+                linestyle="-" if ours else "--",
+                linewidth=2 if ours else 1,
+            )
+        axis.set(title=title, xlabel=over, ylabel=label)
+    axes[-1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _svg(figure)
+
+
 def _figure(panels: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -99,7 +98,7 @@ class _Plan:
         return Comparison(settings=self._settings, tasks=self._tasks, variants=variants, sources=sources)
 
     def _methods(self, task: QualityTask) -> list[Method]:
-        methods = [method(name) for name in self._settings.methods]
+        methods = self._settings.known_methods
         if self._settings.equal_parameters is None:
             return methods
         reference = method(self._settings.equal_parameters)
@@ -271,8 +270,3 @@ def _quiet_maps() -> None:
     import datasets
 
     datasets.disable_progress_bars()
-
-
-def described(settings: QualitySettings) -> dict[str, Any]:
-    """The settings as JSON values."""
-    return dataclasses.asdict(settings)

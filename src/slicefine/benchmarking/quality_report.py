@@ -1,4 +1,4 @@
-"""What `slicefine bench quality` writes: the poster's table, each task, time to a score, the grid, every run, and charts."""
+"""What `slicefine bench quality` writes: tables, charts, and every run, anew whenever something is found."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ import dataclasses
 import os
 import statistics
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from slicefine.benchmarking import charts
-from slicefine.benchmarking.cells import Outcome
 from slicefine.benchmarking.quality import Comparison, compare
 from slicefine.benchmarking.quality_settings import QualitySettings
-from slicefine.benchmarking.results import Report, Row, Table
+from slicefine.benchmarking.quality_tables import Tasks, averages, tables
+from slicefine.benchmarking.results import Report
 
-INTRO = "Scores."
+INTRO = """\
+Pretrained models are tuned to each task for {steps} optimizer steps{bf16}, by the trainer and the settings of the task's recipe: AdamW, weight decay 0, cosine schedule with \
+warm-up, gradients clipped to 1, the model's own dropout. All methods train the same matrices (every linear layer but the head), and the new head in full, from the same initial \
+values, on the same batches. Each has a grid of learning rates of its own, all of one size{sizes}, and takes the one with the lowest loss on examples that choose, after a run of \
+{grid_steps} steps with the first seed. Final runs have seeds {first} to {last}; the examples that judge were scored once in each, after the last step, and decided nothing. \
+SliceFine moves as its name says, by default after each eighth of the run. Active: parameters trained at a step; touched: by the end; neither counts the head."""
+SECONDS_BETWEEN_DRAWINGS = 60.0
 
 
 def run(settings: QualitySettings, command: str) -> Report:
@@ -26,32 +34,87 @@ def run(settings: QualitySettings, command: str) -> Report:
     """
     if not charts.can_draw():
         print(charts.MISSING, file=sys.stderr)
-    resolved = dataclasses.asdict(settings) | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
-    if hasattr(os, "getloadavg"):
-        resolved["load_before"] = round(os.getloadavg()[0], 2)
-    report = Report(theme="quality", intro=INTRO, folder=Path(settings.output), command=command, settings=resolved)
+    report = Report(
+        theme="quality",
+        intro=_intro(settings),
+        folder=Path(settings.output),
+        command=command,
+        settings=_resolved(settings),
+    )
+    drawn = -SECONDS_BETWEEN_DRAWINGS
 
-    def changed(found: Comparison) -> None:
-        report.tables = tables(found)
+    def changed(found: Comparison, *, last: bool = False) -> None:
+        nonlocal drawn
+        if not last and time.monotonic() - drawn < SECONDS_BETWEEN_DRAWINGS:
+            return  # finished runs are safe in their own files
+        fill(report, found)
         report.write()
+        drawn = time.monotonic()
 
     found = compare(settings, changed)
     report.status = "interrupted" if found.interrupted else "finished"
-    changed(found)
+    changed(found, last=True)
     return report
 
 
-def tables(found: Comparison) -> list[Table]:
-    rows: list[Row] = []
-    names = list(dict.fromkeys(one.name for variants in found.variants.values() for one in variants))
-    for name in names:
-        row: Row = {"method": name}
-        for task in found.tasks:
-            scores = [main_score(outcome) for outcome in found.of(task.name, name)]
-            row[task.name] = statistics.fmean(scores) if scores else None
-        rows.append(row)
-    return [Table(title="scores", rows=rows)] if rows else []
+def fill(report: Report, found: Comparison) -> None:
+    """Put into `report` what was found."""
+    report.tables = tables(found)
+    report.raw = [
+        {"cell": dataclasses.asdict(cell), "outcome": dataclasses.asdict(outcome)}
+        for cell, outcome in (found.grid | found.final).items()
+    ]
+    report.raw += [{"times": name, **dataclasses.asdict(measured)} for name, measured in found.timed.items()]
+    commits = {str((outcome.made.get("commit") or {}).get("hash")) for outcome in (found.grid | found.final).values()}
+    report.provenance["runs made at"] = ", ".join(sorted(commits))
+    if charts.can_draw():
+        report.charts = _drawn(found)
 
 
-def main_score(outcome: Outcome) -> float:
-    return next(iter(outcome.scores.values()))
+def _intro(settings: QualitySettings) -> str:
+    sizes = {len(settings.rates(one.method)) for one in settings.variants(settings.known_methods)}
+    return INTRO.format(
+        steps=settings.steps,
+        bf16=" in bfloat16 (autocast)" if settings.overrides.get("training.bf16") else "",
+        sizes=f", {sizes.pop()}" if len(sizes) == 1 else "",
+        grid_steps=settings.steps_of_grid,
+        first=settings.seed,
+        last=settings.seed + settings.seeds - 1,
+    )
+
+
+def _resolved(settings: QualitySettings) -> dict[str, Any]:
+    gpu = torch.cuda.is_available()
+    processes, threads = settings.at_once(gpu=gpu)
+    known = dataclasses.asdict(settings)
+    resolved = known | {"device": "cuda" if gpu else "cpu", "processes": processes, "threads": threads}
+    if hasattr(os, "getloadavg"):
+        resolved["load_before"] = round(os.getloadavg()[0], 2)
+    return resolved
+
+
+def _drawn(found: Comparison) -> dict[str, str]:
+    """Ending of a file name -> SVG: scores over parameters, scores over time."""
+    tasks, made = Tasks(found), {}
+    sized: dict[str, tuple[float, float]] = {}
+    for name in tasks.names:
+        outcomes = [outcome for task in found.tasks for outcome in found.of(task.name, name)]
+        means = averages(tasks, name)
+        if means and outcomes[0].active:
+            sized[name] = (outcomes[0].active, statistics.fmean(means))
+    if sized:
+        made[""] = charts.scatter(sized, "parameters trained at a step (without the head)", "mean score over the tasks")
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    timed = all(tasks.seconds(task, name) for task in found.tasks for name in sized)
+    for task in found.tasks:
+        lines = panels.setdefault(f"{task.name}, {tasks.metric(task)}", {})
+        for name in tasks.names:
+            pace = tasks.seconds(task, name) if timed else 1.0
+            curve = tasks.curve(task, name)
+            if curve and pace:
+                lines[name] = [(step * pace, score) for step, score in curve]
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if panels:
+        over = "seconds of training (steps by the time of a step)" if timed else "optimizer steps"
+        made["-time"] = charts.curves(panels, over, "score on the examples that choose")
+    return made

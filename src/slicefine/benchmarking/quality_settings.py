@@ -102,6 +102,11 @@ class QualitySettings:
         raise_all(found, "slicefine bench quality")
 
     @property
+    def known_methods(self) -> list[Method]:
+        """The methods, at the ranks of their names."""
+        return [method(name) for name in self.methods]
+
+    @property
     def steps_of_grid(self) -> int:
         """Steps of a run that chooses."""
         return self.grid_steps or max(1, self.steps // 4)

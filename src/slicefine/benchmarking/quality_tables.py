@@ -1,0 +1,343 @@
+"""The tables of `slicefine bench quality`, from what was found so far. Scores are in points, hundredths, as in the poster's table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from slicefine.benchmarking.cells import Outcome
+from slicefine.benchmarking.quality import Comparison
+from slicefine.benchmarking.results import Row, Table
+from slicefine.benchmarking.suite import QualityTask
+from slicefine.training.metrics import METRICS
+from slicefine.training.named import NAMED
+
+REFERENCE = "LoRA-r8"
+"""What others are compared with, where it is among them."""
+LOSS = "loss"
+RESAMPLES = 1000
+LOWER = (LOSS, "mse")
+"""Scores of which less is better; they are no shares, and stay as they are."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What is asked again and again of a comparison."""
+
+    found: Comparison
+
+    @property
+    def names(self) -> list[str]:
+        """Methods, in the order asked for."""
+        return list(dict.fromkeys(one.name for variants in self.found.variants.values() for one in variants))
+
+    def metric(self, task: QualityTask) -> str:
+        """The first score of a task; its loss if it has no scores."""
+        outcomes = [
+            o for cell, o in (self.found.grid | self.found.final).items() if cell.task == task.name and o.scores
+        ]
+        return next(iter(outcomes[0].scores)) if outcomes else LOSS
+
+    def scores(self, task: QualityTask, name: str) -> list[float]:
+        """The main score of every final run of a method, by seed; in points where it is a share."""
+        metric = self.metric(task)
+        return [score for outcome in self.found.of(task.name, name) if (score := main(outcome, metric)) is not None]
+
+    def seconds(self, task: QualityTask, name: str) -> float | None:
+        """Seconds of a step, timed side by side."""
+        timed = self.found.timed.get(task.name)
+        own = timed.seconds.get(name) if timed else None
+        return statistics.median(own) if own else None
+
+    def curve(self, task: QualityTask, name: str) -> list[tuple[int, float]]:
+        """Step -> main score on the examples that choose, the mean of the runs that got there."""
+        metric, at = self.metric(task), dict[int, list[float]]()
+        for outcome in self.found.of(task.name, name):
+            for point in outcome.curve:
+                at.setdefault(int(point["step"]), []).append(points(metric, point[metric]))
+        return [(step, statistics.fmean(values)) for step, values in sorted(at.items())]
+
+
+def main(outcome: Outcome, metric: str) -> float | None:
+    """The score `metric` of a run; None if it diverged."""
+    value = outcome.loss if metric == LOSS else outcome.scores.get(metric)
+    return None if value is None else points(metric, value)
+
+
+def points(metric: str, value: float) -> float:
+    """In hundredths, where it is a share or a correlation."""
+    return value if metric in LOWER else 100 * value
+
+
+def tables(found: Comparison) -> list[Table]:
+    """All tables that there is something to fill with."""
+    tasks = Tasks(found)
+    if not found.grid and not found.final and not found.failed:
+        return []
+    made = [_poster(tasks)]
+    if REFERENCE in tasks.names and found.final:
+        made += [_against(tasks), *_time_to_score(tasks)]
+    made += [_of_task(tasks, task) for task in found.tasks]
+    made += [_sets(found), _grid(tasks)]
+    if found.final:
+        made.append(_every(tasks))
+    return [table for table in made if table.rows]
+
+
+# ---------------------------------------------------------------- the poster's table
+
+
+def _poster(tasks: Tasks) -> Table:
+    found, rows = tasks.found, []
+    for name in tasks.names:
+        outcomes = [outcome for task in found.tasks for outcome in found.of(task.name, name)]
+        row: Row = {
+            "method": name,
+            "#TTPs (active)": outcomes[0].active if outcomes else None,
+            "touched": outcomes[0].touched if outcomes else None,
+            "added": outcomes[0].added if outcomes else None,
+        }
+        for task in found.tasks:
+            reason = found.failed.get((task.name, name))
+            row[f"{task.name}, {tasks.metric(task)}"] = spread(tasks.scores(task, name)) or ("x" if reason else None)
+        row["Avg."] = spread(averages(tasks, name))
+        row["not measured"] = "; ".join(dict.fromkeys(why for (_, of), why in found.failed.items() if of == name))
+        rows.append(row)
+    seeds = found.settings.seeds
+    note = f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed."
+    return Table(
+        title="Scores",
+        rows=rows,
+        note=f"{note} Of the examples that judge, after the last step. Avg.: the mean over the tasks.",
+    )
+
+
+def spread(values: Sequence[float]) -> str | None:
+    """`85.3 ± 0.6`"""
+    if not values:
+        return None
+    digits = 3 if max(map(abs, values)) < 10 else 1
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def averages(tasks: Tasks, name: str) -> list[float]:
+    """The mean over the tasks, by seed; of the seeds that every task has. Empty if scores are of kinds that cannot be averaged."""
+    every = [tasks.scores(task, name) for task in tasks.found.tasks]
+    kinds = {tasks.metric(task) in LOWER for task in tasks.found.tasks}
+    return [] if len(kinds) > 1 else [statistics.fmean(of_seed) for of_seed in zip(*every, strict=False)]
+
+
+# ---------------------------------------------------------------- against the reference
+
+
+def _against(tasks: Tasks) -> Table:
+    rows = []
+    theirs = averages(tasks, REFERENCE)
+    for name in tasks.names:
+        ours = averages(tasks, name)
+        both = min(len(ours), len(theirs))
+        if name == REFERENCE or not both:
+            continue
+        differences = [a - b for a, b in zip(ours[:both], theirs[:both], strict=True)]
+        low, high = _interval(tasks, name, both)
+        row: Row = {
+            "method": name,
+            f"mean score - {REFERENCE}": statistics.fmean(differences),
+            "least, by seed": min(differences),
+            "greatest, by seed": max(differences),
+            "interval, low": low,
+            "interval, high": high,
+            "seeds": both,
+            "verdict": _verdict(tasks, low, high),
+        }
+        rows.append(row)
+    note = (
+        f"Difference of the mean over the tasks, the same seeds on both sides. Interval: the middle 95 % over {RESAMPLES} draws, with replacement, "
+        "of the examples that judge, the same ones for both. Ahead or behind: the interval excludes zero."
+    )
+    return Table(title=f"Against {REFERENCE}", rows=rows, note=note)
+
+
+def _verdict(tasks: Tasks, low: float | None, high: float | None) -> str | None:
+    if low is None or high is None:
+        return None
+    if low <= 0 <= high:
+        return "level"
+    more_is_better = tasks.metric(tasks.found.tasks[0]) not in LOWER
+    return "ahead" if (low > 0) == more_is_better else "behind"
+
+
+def _interval(tasks: Tasks, name: str, seeds: int) -> tuple[float | None, float | None]:
+    """Ends of the bootstrap interval of the difference of means; None where a task keeps no predictions."""
+    drawn = []
+    for task in tasks.found.tasks:
+        metric = tasks.metric(task)
+        runs = [tasks.found.of(task.name, of)[:seeds] for of in (name, REFERENCE)]
+        if metric not in METRICS or any(not outcome.predicted for side in runs for outcome in side):
+            return None, None
+        ours, theirs = (_resampled(side, metric, positive(tasks.found, task)) for side in runs)
+        drawn.append(points(metric, 1) * (ours - theirs))
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _resampled(outcomes: Sequence[Outcome], metric: str, positive: int) -> np.ndarray:
+    labels = np.asarray(outcomes[0].labels)
+    draws = np.random.default_rng(0).integers(len(labels), size=(RESAMPLES, len(labels)))
+    predicted = [np.asarray(outcome.predicted) for outcome in outcomes]
+    score = METRICS[metric]
+    return np.array([statistics.fmean(score(labels[draw], p[draw], positive) for p in predicted) for draw in draws])
+
+
+def positive(found: Comparison, task: QualityTask) -> int:
+    """Number of the class whose F1 counts, as `training/metrics.py` has it."""
+    named = NAMED.get(task.recipe.data.name or "")
+    classes = found.sources[task.name]["judge"].get("classes", [])
+    return classes.index(named.positive) if named and named.positive in classes else 1
+
+
+# ---------------------------------------------------------------- time to a score
+
+
+def _time_to_score(tasks: Tasks) -> list[Table]:
+    found, rows = tasks.found, []
+    for name in tasks.names:
+        row: Row = {"method": name}
+        ratios: list[float | None] = []
+        for task in found.tasks:
+            goal = tasks.curve(task, REFERENCE)
+            if not goal:
+                continue
+            own, theirs = (first_step(tasks, task, of, goal[-1][1]) for of in (name, REFERENCE))
+            pace, their_pace = tasks.seconds(task, name), tasks.seconds(task, REFERENCE)
+            ratio = own * pace / (theirs * their_pace) if own and theirs and pace and their_pace else None
+            row[f"{task.name}: steps to {goal[-1][1]:.1f}"] = own if own or not tasks.curve(task, name) else "never"
+            row[f"{task.name}: time / {REFERENCE}"] = ratio
+            ratios.append(ratio)
+        reached = [ratio for ratio in ratios if ratio is not None]
+        row["mean of time"] = statistics.fmean(reached) if reached and len(reached) == len(ratios) else None
+        rows.append(row)
+    note = (
+        f"First evaluation at which the mean of the seeds, on the examples that choose, is as good as that of {REFERENCE} after its last step; times "
+        "are steps by the median time of a step, all methods timed side by side."
+    )
+    return (
+        [Table(title=f"Time to the final score of {REFERENCE}", rows=rows, note=note)]
+        if rows and len(rows[0]) > 2
+        else []
+    )
+
+
+def first_step(tasks: Tasks, task: QualityTask, name: str, goal: float) -> int | None:
+    """The first evaluation at which a method is as good as `goal`; None if it never is."""
+    sign = -1 if tasks.metric(task) in LOWER else 1
+    return next((step for step, score in tasks.curve(task, name) if sign * score >= sign * goal), None)
+
+
+# ---------------------------------------------------------------- task by task
+
+
+def _of_task(tasks: Tasks, task: QualityTask) -> Table:
+    found, metric, rows = tasks.found, tasks.metric(task), []
+    other = [name for outcome in found.of(task.name, REFERENCE)[:1] for name in outcome.scores if name != metric]
+    for name in tasks.names:
+        outcomes, scores = found.of(task.name, name), tasks.scores(task, name)
+        seconds, rate = tasks.seconds(task, name), found.rates.get((task.name, name))
+        row: Row = {
+            "method": name,
+            "active": outcomes[0].active if outcomes else None,
+            "touched": outcomes[0].touched if outcomes else None,
+            "learning rate": rate,
+            "of the grid": edge(found, task.name, name),
+            metric: statistics.fmean(scores) if scores else None,
+            "std": statistics.stdev(scores) if len(scores) > 1 else None,
+            "min": min(scores, default=None),
+            "max": max(scores, default=None),
+        }
+        for of in other:
+            values = [points(of, outcome.scores[of]) for outcome in outcomes if of in outcome.scores]
+            row[of] = statistics.fmean(values) if values else None
+        losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
+        row["test loss"] = statistics.fmean(losses) if losses else None
+        row["ms a step"] = 1000 * seconds if seconds else None
+        row["minutes of training"] = seconds * found.settings.steps / 60 if seconds else None
+        peaks = [outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None]
+        row["peak MiB"] = max(peaks) / 2**20 if peaks else None
+        diverged = sum(outcome.diverged is not None for outcome in outcomes)
+        why = found.failed.get((task.name, name), "")
+        row["not measured"] = why or (f"{diverged} of {len(outcomes)} runs diverged" if diverged else "")
+        rows.append(row)
+    return Table(title=task.name, rows=rows)
+
+
+def edge(found: Comparison, task: str, name: str) -> str | None:
+    """Where in its grid the learning rate that was chosen lies: there may be a better one beyond an end."""
+    rate = found.rates.get((task, name))
+    tried = [cell.learning_rate for cell in found.grid if (cell.task, cell.method) == (task, name)]
+    if rate is None or len(tried) < 2:
+        return None
+    return "lowest" if rate == min(tried) else "highest" if rate == max(tried) else "within"
+
+
+def _sets(found: Comparison) -> Table:
+    rows: list[Row] = []
+    for task in found.tasks:
+        choose, judge = found.sources[task.name]["choose"], found.sources[task.name]["judge"]
+        rows.append(
+            {
+                "task": task.name,
+                "kind": task.recipe.task,
+                "trained on": _count(choose, "train"),
+                "choose": _count(choose, "validation"),
+                "judge": _count(judge, "validation"),
+                "classes": len(choose["classes"]) if "classes" in choose else None,
+            }
+        )
+    return Table(title="The examples", rows=rows)
+
+
+def _count(summary: dict[str, Any], name: str) -> int | None:
+    return summary.get(name, {}).get("examples")
+
+
+def _grid(tasks: Tasks) -> Table:
+    rows = [
+        {
+            "task": cell.task,
+            "method": cell.method,
+            "learning rate": cell.learning_rate,
+            "loss": outcome.loss,
+            "score": main(outcome, tasks.metric(task)),
+            "chosen": "yes" if tasks.found.rates.get((cell.task, cell.method)) == cell.learning_rate else "",
+            "diverged": outcome.diverged or "",
+        }
+        for task in tasks.found.tasks
+        for cell, outcome in tasks.found.grid.items()
+        if cell.task == task.name
+    ]
+    note = "One run each with the first seed, judged by the examples that choose; the lowest loss is chosen."
+    return Table(title=f"The grid, {tasks.found.settings.steps_of_grid} steps", rows=rows, note=note)
+
+
+def _every(tasks: Tasks) -> Table:
+    rows = [
+        {
+            "task": cell.task,
+            "method": cell.method,
+            "seed": cell.seed,
+            "learning rate": cell.learning_rate,
+            "score": main(outcome, tasks.metric(task)),
+            "loss": outcome.loss,
+            "minutes, other work beside it": outcome.seconds / 60,
+            "diverged": outcome.diverged or "",
+        }
+        for task in tasks.found.tasks
+        for cell, outcome in sorted(tasks.found.final.items(), key=lambda run: (run[0].method, run[0].seed))
+        if cell.task == task.name
+    ]
+    return Table(title="Every final run", rows=rows)

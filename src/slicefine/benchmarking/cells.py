@@ -63,10 +63,14 @@ class Outcome:
     """Time in training steps, on a machine that may have had other work."""
     peak_bytes: int | None = None
     """Most that torch allocated on the GPU."""
+    reserved_bytes: int | None = None
+    """Most that torch reserved on the GPU."""
+    peft_config: dict[str, Any] | None = None
+    """The adapter's settings; None where PEFT has no part in it."""
     diverged: str | None = None
     """What was not finite, where that ended the run."""
     made: dict[str, Any] = field(default_factory=dict)
-    """Time and commit."""
+    """Time, commit and machine."""
 
 
 class Cells:

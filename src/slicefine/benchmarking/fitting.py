@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from slicefine.benchmarking.suite import QualityTask
 from slicefine.benchmarking.variants import CARRIED, Variant
 from slicefine.training.checked import CheckedTrainer, NotFiniteError
 from slicefine.training.recipe import Recipe
-from slicefine.training.record import commit, now
+from slicefine.training.record import commit, hardware, now, versions
 from slicefine.training.tasks import Prepared, get_task
 from slicefine.training.trainer import make_arguments, make_trainer
 from slicefine.tuner import parameter_counts
@@ -84,8 +85,10 @@ def fit(job: Job) -> Outcome:
         curve=curve,
         seconds=round(clock.seconds, 3),
         peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        reserved_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
+        peft_config=_settings_of(attached),
         diverged=diverged,
-        made={"at": now(), "commit": commit()},
+        made={"at": now(), "commit": commit(), "machine": {"hardware": hardware(), "versions": versions()}},
         **judged,
     )
 
@@ -211,6 +214,16 @@ def _named(metrics: Mapping[str, float]) -> dict[str, float]:
 def _last(curve: list[dict[str, float]]) -> dict[str, Any]:
     last = curve[-1]
     return {"loss": last["loss"], "scores": {key: value for key, value in last.items() if key not in ("step", "loss")}}
+
+
+def _settings_of(attached: Attached) -> dict[str, Any] | None:
+    config = getattr(attached.model, "peft_config", {}).get("default")
+    # What JSON has no form for, PEFT's enums and sets, is written as text.
+    return None if config is None else json.loads(json.dumps(config.to_dict(), default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def _touched(attached: Attached, steps: int) -> int:

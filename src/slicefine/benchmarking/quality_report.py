@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from slicefine.benchmarking import charts
+from slicefine.benchmarking import charts, quality_board
 from slicefine.benchmarking.quality import Comparison, compare
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.quality_tables import Tasks, averages, tables
@@ -54,6 +54,8 @@ def run(settings: QualitySettings, command: str) -> Report:
     found = compare(settings, changed)
     report.status = "interrupted" if found.interrupted else "finished"
     changed(found, last=True)
+    if settings.board is not None:
+        quality_board.write(Path(settings.board), found)
     return report
 
 
@@ -61,7 +63,7 @@ def fill(report: Report, found: Comparison) -> None:
     """Put into `report` what was found."""
     report.tables = tables(found)
     report.raw = [
-        {"cell": dataclasses.asdict(cell), "outcome": dataclasses.asdict(outcome)}
+        {"cell": dataclasses.asdict(cell), "outcome": _short(dataclasses.asdict(outcome))}
         for cell, outcome in (found.grid | found.final).items()
     ]
     report.raw += [{"times": name, **dataclasses.asdict(measured)} for name, measured in found.timed.items()]
@@ -69,6 +71,11 @@ def fill(report: Report, found: Comparison) -> None:
     report.provenance["runs made at"] = ", ".join(sorted(commits))
     if charts.can_draw():
         report.charts = _drawn(found)
+
+
+def _short(outcome: dict[str, Any]) -> dict[str, Any]:
+    """Without what is long: predictions are in the files of the runs."""
+    return {key: value for key, value in outcome.items() if key not in ("predicted", "labels")}
 
 
 def _intro(settings: QualitySettings) -> str:

@@ -7,10 +7,12 @@ import time
 import weakref
 from collections.abc import Callable
 
+import psutil
 import pytest
 import torch
 
-from slicefine.benchmarking.timing import Build, Measured, Ratio, measure, seconds_of
+from slicefine.benchmarking import timing
+from slicefine.benchmarking.timing import Build, Measured, Ratio, free_bytes, measure, refuse_too_large, seconds_of
 from slicefine.errors import SliceFineError
 
 Log = list[tuple[str, int]]
@@ -173,3 +175,18 @@ def test_ratios_are_those_of_medians_and_of_single_rounds() -> None:
 
 def test_the_clock() -> None:
     assert 0.02 <= seconds_of(lambda: time.sleep(0.02), "cpu") < 1
+
+
+def test_memory_that_this_process_has_is_free_to_it() -> None:
+    """What was freed stays with it, to be used again."""
+    own, machine = psutil.Process().memory_info().rss, psutil.virtual_memory()
+    assert own < free_bytes("cpu") < machine.total + own
+    held = torch.ones(2**26)  # 256 MiB
+    assert abs(free_bytes("cpu") - psutil.virtual_memory().available - own) > 0.9 * held.nbytes
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "free_bytes", lambda device: 2**30)
+    refuse_too_large(2**30, "cpu")
+    with pytest.raises(SliceFineError, match=r"^out of memory: it takes 2\.0 GiB at least, and 1\.0 GiB are free$"):
+        refuse_too_large(2**31, "cpu")

@@ -70,7 +70,7 @@ def test_ctrl_c_is_130_and_keeps_what_is_measured(
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["sped"], "There is no benchmark 'sped'; there are speed, memory. Did you mean 'speed'?"),
+        (["sped"], "There is no benchmark 'sped'; there are speed, memory, quality. Did you mean 'speed'?"),
         (["speed", "--method", "full"], "There is no argument '--method' here. Did you mean '--methods'? See --help."),
         (["memory", "--rounds", "3"], "There is no argument '--rounds' here. It is a flag of `slicefine bench speed`."),
         (["speed", "--rounds", "many"], "`--rounds` takes whole numbers; got many."),
@@ -92,6 +92,11 @@ def test_ctrl_c_is_130_and_keeps_what_is_measured(
         ),
         (["memory", "--device", "gpu"], "`--device` is one of cpu, cuda; got 'gpu'."),
         (["memory", "--equal_parameters", "LoRRA"], "There is no method 'LoRRA'"),
+        (["speed", "--output", "/dev/null"], "`--output` is a folder; /dev/null is a file. Name another."),
+        (
+            ["memory", "--output", "/proc/x"],
+            "`--output` is a folder that can be written; nothing can be made in /proc/x",
+        ),
         (
             ["memory", "--models", "vit-base-small", "--sweep", "length", "--values", "3"],
             "is a multiple of its patch_size",

@@ -265,9 +265,9 @@ def _config(
     return config
 
 
-def _first_weights(layer: nn.Linear, r: int, **_: Any) -> torch.Tensor:
-    """As many weights as SHiRA takes, which ones is all the same: on the meta device none can be found by their values."""
-    rows, columns = layer.weight.shape
+def _first_weights(base_layer: nn.Module, r: int, random_seed: int | None = None, **_: Any) -> torch.Tensor:
+    """As many weights as SHiRA takes, no matter which: on the meta device none can be found by their values."""
+    rows, columns = cast(nn.Linear, base_layer).weight.shape
     return (torch.arange(rows * columns) < r * (rows + columns)).view(rows, columns)
 
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from slicefine.benchmarking import charts, memory, speed
+from slicefine.benchmarking import charts, memory, speed, targets
 from slicefine.benchmarking.methods import FROZEN, Method, method
 from slicefine.benchmarking.models import Architecture
 from slicefine.benchmarking.results import Report, Row, Table
-from slicefine.benchmarking.settings import RANK, Settings
+from slicefine.benchmarking.settings import RANK, REFERENCES, Settings
 from slicefine.benchmarking.setups import ROOM, Setup, device_of
 from slicefine.benchmarking.timing import Measured, free_bytes, keep_freed_memory
+from slicefine.errors import SliceFineError
+from slicefine.training.folder import refuse_unwritable
 
 SPEED, MEMORY = "speed", "memory"
 MEASURED_IN = {SPEED: "median ms", MEMORY: "saved MiB"}
@@ -29,9 +31,10 @@ DRAWN_FROM = {SPEED: f"/ {FROZEN}", MEMORY: f"saved MiB / {FROZEN}"}
 def run(what: str, settings: Settings, command: str) -> Report:
     """Measure and write; returns the report, whose status is `finished` or `interrupted`.
 
-    Raises `SliceFineError` before anything is measured if a model has no such size, or there is no such device.
+    Raises `SliceFineError` before anything is measured if a model has no such size, there is no such device, or results cannot be written.
     """
     device = device_of(settings)
+    _refuse_output(Path(settings.output))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     architectures = settings.architectures(gpu=device == "cuda")
@@ -41,7 +44,8 @@ def run(what: str, settings: Settings, command: str) -> Report:
             setup = Setup.of_settings(settings, of)
             methods = settings.compared()
             if settings.equal_parameters is not None:
-                methods = setup.sized(methods, method(settings.equal_parameters))
+                sized = setup.sized(methods, method(settings.equal_parameters))
+                methods = list(dict.fromkeys([*map(method, REFERENCES), *sized]))
             finished = (_speed if what == SPEED else _memory)(report, setup, methods, settings)
             _draw(report, what, settings)
             if not finished:
@@ -54,6 +58,12 @@ def run(what: str, settings: Settings, command: str) -> Report:
     return report
 
 
+def _refuse_output(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SliceFineError(f"`--output` is a folder; {folder} is a file. Name another.")
+    refuse_unwritable(folder)
+
+
 def _report(what: str, settings: Settings, device: str, command: str) -> Report:
     dtype = settings.dtype or ("bfloat16" if device == "cuda" else "float32")
     known = {
@@ -64,7 +74,7 @@ def _report(what: str, settings: Settings, device: str, command: str) -> Report:
         "compile": ", compiled by torch.compile" if settings.compile else "",
         "warmup": settings.warmup,
         "rounds": settings.rounds,
-        "steps": memory.STEPS,
+        "how": memory.HOW[device],
     }
     intro = (speed.INTRO if what == SPEED else memory.INTRO).format(**known)
     if not charts.can_draw():
@@ -80,8 +90,7 @@ def _report(what: str, settings: Settings, device: str, command: str) -> Report:
 
 def _speed(report: Report, setup: Setup, methods: Sequence[Method], settings: Settings) -> bool:
     """Whether it was finished; Ctrl-C keeps what there is."""
-    room = free_bytes(setup.device)
-    together = room is None or setup.bytes_of(methods) <= ROOM * room
+    together = setup.bytes_of(methods) <= ROOM * free_bytes(setup.device)
 
     def keep(title: str, rows: list[Row], measured: Measured) -> bool:
         note = f"Measured {measured.arrangement}."
@@ -97,7 +106,8 @@ def _speed(report: Report, setup: Setup, methods: Sequence[Method], settings: Se
     if settings.sweep is not None:
         return True
     methods = [one for one in methods if one.name in measured.seconds]
-    if not keep("moving every slice once", *speed.moves(setup, methods, settings, rows, together=together)):
+    moves, measured = speed.moves(setup, methods, settings, rows, together=together)
+    if not keep("moving every slice once", moves, measured):
         return False
     lengths = [0, settings.generate] if settings.generate and speed.generates(setup) else [0]
     for generate in lengths:
@@ -105,6 +115,7 @@ def _speed(report: Report, setup: Setup, methods: Sequence[Method], settings: Se
         found = speed.inference(setup, methods, settings, generate=generate, together=together)
         if not keep(title, *found):
             return False
+    _judge(report, setup, settings, targets.of_speed(**_place(setup), threads=torch.get_num_threads()), rows, moves)
     return True
 
 
@@ -113,7 +124,25 @@ def _memory(report: Report, setup: Setup, methods: Sequence[Method], settings: S
     if rows:
         _add(report, setup, settings, Table(title="memory", rows=rows))
     report.raw.append({"title": "memory", **_described(setup, settings), "rows": rows})
+    if not interrupted:
+        _judge(report, setup, settings, targets.of_memory(**_place(setup)), rows)
     return not interrupted
+
+
+def _place(setup: Setup) -> dict[str, Any]:
+    """What decides which targets there are."""
+    dtype = str(setup.dtype).removeprefix("torch.")
+    return {"model": setup.of.name, "gpu": setup.device == "cuda", "dtype": dtype}
+
+
+def _judge(
+    report: Report, setup: Setup, settings: Settings, wanted: Sequence[targets.Target], *tables: Sequence[Row]
+) -> None:
+    """Add the table of targets, if there are any for what was measured."""
+    as_it_is = settings.sweep is None and not settings.checkpointing and not settings.compile
+    rows = targets.judge(wanted, *tables) if as_it_is else []
+    if rows:
+        _add(report, setup, settings, Table(title="targets", rows=rows, note=targets.NOTE))
 
 
 def _add(report: Report, setup: Setup, settings: Settings, table: Table) -> None:

@@ -1,9 +1,12 @@
-"""Memory of a training step, by method: bytes saved for backward, gradients, moments; on a GPU also the peak."""
+"""Memory of a training step, by method: bytes saved for backward, gradients, moments; on a GPU also the peak.
+
+On a GPU steps are run. On a CPU, which has no such peak, the same graph is run without values, so that models of any size are counted.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from slicefine.benchmarking.attaching import Attached
+from slicefine.benchmarking.counting import Need, dense_deltas, needed, size
 from slicefine.benchmarking.methods import FROZEN, Method
 from slicefine.benchmarking.results import Row
 from slicefine.benchmarking.saved_bytes import count
 from slicefine.benchmarking.settings import REFERENCES
-from slicefine.benchmarking.setups import Setup
-from slicefine.benchmarking.speed import LEARNING_RATE, NEVER
+from slicefine.benchmarking.setups import NEVER, Setup
+from slicefine.benchmarking.speed import LEARNING_RATE
 from slicefine.benchmarking.timing import reason, release
 
 MIB = 2**20
@@ -26,9 +30,14 @@ STEPS = 2
 
 INTRO = """\
 Memory of a training step (forward, backward, AdamW) of models with random weights and batches of random inputs, {dtype}, on {device}{checkpointing}{compile}. One method \
-after another in one process, each alone: what the one before held is given back first. MiB of 2^20 bytes. "saved": for backward at the end of the forward pass, every storage \
+after another in one process, each alone. MiB of 2^20 bytes. "saved": for backward at the end of the forward pass, every storage \
 once, parameters and buffers left out; counted by autograd's own hooks, so it does not vary between runs, and on the model as it is written, also if it is compiled. "weights": parameters and buffers, masters and adapters among \
-them. Slices that alternate stand on rows, where they keep more. "peak": the most that torch had allocated on the GPU during a step, after {steps} others."""
+them. Slices that alternate stand on rows, where they keep more. {how}"""
+HOW = {
+    "cuda": f'"peak": the most that torch had allocated on the GPU during a step, after {STEPS} others.',
+    "cpu": "The graph was run on tensors that have a shape and no values.",
+}
+"""Device -> how it was found."""
 
 
 def memory(setup: Setup, methods: Sequence[Method]) -> tuple[list[Row], bool]:
@@ -67,27 +76,32 @@ def _row(setup: Setup, method: Method) -> Row:
 
 
 def _measured(setup: Setup, method: Method) -> Row:
+    need, peak = (needed(setup, method), None) if setup.device == "cpu" else _run(setup, method)
+    return {
+        "active": need.active,
+        "saved MiB": need.step.saved / MIB,
+        "gradients MiB": need.step.gradients / MIB,
+        "moments MiB": need.moments / MIB,
+        "weights MiB": need.weights / MIB,
+        "peak MiB": peak and peak / MIB,
+    }
+
+
+def _run(setup: Setup, method: Method) -> tuple[Need, int]:
+    """What real steps need, and the most bytes that torch had allocated on the GPU during one."""
     attached = setup.attach(method, slide_every=NEVER)
-    optimizer = attached.optimizer(LEARNING_RATE)
-    batch = setup.batch(0)
-    peak = None
+    model, optimizer, batch = attached.model, attached.optimizer(LEARNING_RATE), setup.batch(0)
     for number in range(STEPS + 1):
         if setup.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         _step(attached, optimizer, batch, number)
-    if setup.device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / MIB
-    counted = count(attached.model, lambda: attached.model(**batch).loss)
+    peak = torch.cuda.max_memory_allocated() if setup.device == "cuda" else 0
+    with dense_deltas():
+        step = count(model, lambda: model(**batch).loss)
     state = optimizer.state.values() if optimizer is not None else ()
-    model = attached.model
-    return {
-        "active": attached.counts.active,
-        "saved MiB": counted.saved / MIB,
-        "gradients MiB": counted.gradients / MIB,
-        "moments MiB": _size(t for of in state for t in of.values() if isinstance(t, Tensor)) / MIB,
-        "weights MiB": _size([*model.parameters(), *model.buffers()]) / MIB,
-        "peak MiB": peak,
-    }
+    moments = size(tensor for of in state for tensor in of.values() if isinstance(tensor, Tensor))
+    weights = size([*model.parameters(), *model.buffers()])
+    return Need(active=attached.counts.active, step=step, moments=moments, weights=weights), peak
 
 
 def _step(attached: Attached, optimizer: Any, batch: dict[str, Any], number: int) -> None:
@@ -97,9 +111,3 @@ def _step(attached: Attached, optimizer: Any, batch: dict[str, Any], number: int
         if attached.after_step is not None:
             attached.after_step(number)
         optimizer.zero_grad()
-
-
-def _size(tensors: Iterable[Tensor]) -> int:
-    """Bytes, every storage once."""
-    found = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage._cdata: storage.nbytes() for storage in found}.values())

@@ -63,7 +63,7 @@ class Report:
         """`<theme>-<hardware>-<date>-<time>`"""
         found = self.provenance["hardware"]
         device = found["gpu"] if self.settings["device"] == "cuda" else f"{found['cpu']} {found['threads']} threads"
-        stamp = re.sub(r"[^0-9T]", "", self.provenance["started"][:16]).replace("T", "-")
+        stamp = re.sub(r"[^0-9T]", "", self.provenance["started"][:19]).replace("T", "-")
         return f"{self.theme}-{_slug(device)}-{stamp}"
 
     @property

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from slicefine.benchmarking.attaching import Attached, adapter_size, attach, equal_in_size, find_places
 from slicefine.benchmarking.methods import FULL, RANDOM_MASK, Method
-from slicefine.benchmarking.models import Architecture, batch_of, build
+from slicefine.benchmarking.models import BUILT_BY, Architecture, batch_of, build
 from slicefine.benchmarking.settings import Settings
+from slicefine.benchmarking.timing import refuse_too_large
 from slicefine.errors import SliceFineError
 
 ROOM = 0.5
 """Share of the free memory that weights, gradients and moments of all methods together may take: activations need the rest."""
+SHARD = "2GB"
+"""Size of the files that a model is written in: one at a time is in the memory of the host."""
+NEVER = 10**9
+"""`slide_every` of slices that stay where they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,8 @@ class Setup:
 
     def base(self) -> Any:
         """A new model without any method, in training mode; the same weights every time."""
+        if self.device == "cpu":
+            refuse_too_large(self.weights, self.device)
         model = build(self.of, dtype=self.dtype, device=self.device, seed=self.seed)
         if self.checkpointing:
             model.activation_checkpointing_enable()
@@ -65,6 +75,19 @@ class Setup:
             attached.model.compile()
         return attached
 
+    def eager(self) -> Setup:
+        """The same without torch.compile."""
+        return dataclasses.replace(self, compile=False)
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write a model of this architecture, without an adapter, as users do."""
+        model.save_pretrained(folder, max_shard_size=SHARD)
+
+    def load(self, folder: Path) -> Any:
+        """A model that `save` has written, loaded by transformers alone, file by file onto the device."""
+        loader = getattr(transformers, BUILT_BY[self.of.task])
+        return loader.from_pretrained(folder, dtype=self.dtype, device_map=self.device)
+
     def batch(self, number: int) -> dict[str, Any]:
         """The batch of round `number`; the same for all methods."""
         return batch_of(self.of, dtype=self.dtype, device=self.device, seed=self.seed + number)
@@ -77,10 +100,14 @@ class Setup:
         sized = [one if one == reference else equal_in_size(one, size, model, places) for one in methods]
         return list(dict.fromkeys(sized))
 
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights of the base."""
+        return sum(p.numel() for p in build(self.of, device="meta").parameters()) * self.dtype.itemsize
+
     def bytes_of(self, methods: Sequence[Method]) -> int:
         """Weights of a model for each method, with gradients and two moments where the method has them for all weights."""
-        weights = sum(p.numel() for p in build(self.of, device="meta").parameters()) * self.dtype.itemsize
-        return sum(weights * (4 if one.kind in (FULL, RANDOM_MASK) else 1) for one in methods)
+        return self.weights * sum(4 if one.kind in (FULL, RANDOM_MASK) else 1 for one in methods)
 
 
 def device_of(settings: Settings) -> str:

@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import functools
 import statistics
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from slicefine.benchmarking.attaching import PREFIXES, Attached, Counts
+from slicefine.benchmarking.counting import needed
 from slicefine.benchmarking.methods import FROZEN, SLICEFINE, Method
 from slicefine.benchmarking.models import CAUSAL_LM
 from slicefine.benchmarking.results import Row
 from slicefine.benchmarking.settings import REFERENCES, Settings
-from slicefine.benchmarking.setups import Setup
-from slicefine.benchmarking.timing import TOGETHER, Build, Measured, Ratio, measure, seconds_of
+from slicefine.benchmarking.setups import NEVER, Setup
+from slicefine.benchmarking.timing import (
+    TOGETHER,
+    Build,
+    Measured,
+    Ratio,
+    Run,
+    measure,
+    refuse_too_large,
+    release,
+    seconds_of,
+)
 from slicefine.errors import SliceFineError
 
 LEARNING_RATE = 1e-4
-NEVER, EVERY_STEP = 10**9, 1
+EVERY_STEP = 1
 PROMPT = 32
 """Tokens before those that are generated."""
-BASE, ADAPTED, MERGED = "base", "adapted", "merged"
+BASE, ADAPTED, EXPORTED = "base", "adapted", "exported"
 LORA8 = REFERENCES[1]
+MOVE = "a move / training step"
 
 INTRO = """\
 One training step (forward, backward, AdamW, gradients dropped) of models with random weights and batches of random inputs, {dtype}, on {device}\
@@ -33,7 +47,8 @@ is one step of each on the same batch, in an order shuffled anew for every round
 follows the same neighbour; freed memory stays with the process. "In turns", where they do not fit into memory together: each is alone in memory for half of the rounds, \
 then again in the reverse order. All in one process; Python's garbage collector runs between steps only. {warmup} untimed rounds, then {rounds} timed ones. \
 "/ x": the median over that of x; its min and max are over the ratios within a round. "frozen-limit": no trainable weight and no optimizer, \
-gradients flow through all activations. Slices move once, halfway, so that those that alternate are measured along both axes."""
+gradients flow through all activations. Slices move once, halfway, so that those that alternate are measured along both axes. \
+"base" and "exported" models: written to files and loaded by transformers alone, exported slices merged before."""
 
 
 class Step:
@@ -84,14 +99,34 @@ class Update(Step):
 
 
 class Inference:
-    """A model that computes outputs, or continues texts."""
+    """A model that computes outputs, or continues texts.
 
-    def __init__(self, setup: Setup, method: Method | None, form: str, *, generate: int) -> None:
+    Args:
+        method: None = the base.
+        form: `ADAPTED`: as it is trained, adapter and all. `BASE` and `EXPORTED`: as they are served, written by `save_pretrained` and loaded by
+            transformers alone; exported slices are merged before.
+        folder: Where these are written to, if they have not been yet.
+        generate: Tokens; 0 = a forward pass.
+    """
+
+    def __init__(self, setup: Setup, method: Method | None, form: str, *, folder: Path, generate: int) -> None:
         self._setup, self._generate = setup, generate
-        model: Any = setup.base() if method is None else setup.attach(method, slide_every=NEVER).model
-        if form == MERGED:
-            model = model.merge_and_unload()
-        self._model: nn.Module = model.eval()
+        self._model: nn.Module = self._made(setup.eager(), method, form, folder).eval()
+        if setup.compile and not generate:  # the cache of keys and values grows: every token would be compiled anew
+            self._model.compile()
+
+    @staticmethod
+    def _made(setup: Setup, method: Method | None, form: str, folder: Path) -> Any:
+        if form == ADAPTED:
+            assert method is not None
+            return setup.attach(method, slide_every=NEVER).model
+        place = folder / form
+        if not place.exists():
+            made: Any = setup.base() if method is None else setup.attach(method, slide_every=NEVER).model
+            setup.save(made if method is None else made.merge_and_unload(), place)
+            del made
+            release()  # room for what is loaded
+        return setup.load(place)
 
     def __call__(self, number: int) -> float:
         """One forward pass, or one generation, on the batch of round `number`; returns its seconds."""
@@ -120,9 +155,13 @@ def steps(setup: Setup, methods: Sequence[Method], settings: Settings, *, togeth
     halfway = settings.warmup + (per_build + 1) // 2
     total = 2 * (settings.warmup + per_build)  # AdaLoRA cuts ranks meanwhile, as it does in most of a training run
     counts: dict[str, Counts] = {}
-    builds: dict[str, Build] = {
-        one.name: functools.partial(Step, setup, one, counts, slide_every=halfway, total_steps=total) for one in methods
-    }
+
+    def build(one: Method) -> Run:
+        if setup.device == "cpu" and not together:
+            refuse_too_large(needed(setup, one).total, setup.device)
+        return Step(setup, one, counts, slide_every=halfway, total_steps=total)
+
+    builds: dict[str, Build] = {one.name: functools.partial(build, one) for one in methods}
     measured = _measure(builds, settings, together, f"{setup.of.name}, steps")
     return [_step_row(one, counts, measured, setup) for one in methods], measured
 
@@ -195,12 +234,16 @@ def moves(
         step = median.get(one.name)
         if still and moving and step:
             without, with_move = (1e3 * statistics.median(seconds) for seconds in (still, moving))
+            within = [1e3 * (b - a) / step for a, b in zip(still, moving, strict=False)]
+            in_rounds = measured.arrangement == TOGETHER
             rows.append(
                 {
                     "method": one.name,
                     "optimizer.step() ms": without,
                     "with a move, ms": with_move,
-                    "a move / training step": (with_move - without) / step,
+                    MOVE: (with_move - without) / step,
+                    f"{MOVE}, min": min(within) if in_rounds else None,
+                    f"{MOVE}, max": max(within) if in_rounds else None,
                 }
             )
     return rows, measured
@@ -209,19 +252,23 @@ def moves(
 def inference(
     setup: Setup, methods: Sequence[Method], settings: Settings, *, generate: int, together: bool
 ) -> tuple[list[Row], Measured]:
-    """Time of a forward pass, or of generating `generate` tokens: the base, models with adapters, and those with merged slices."""
-    forms: list[tuple[Method | None, str]] = [(None, BASE)]
-    for one in methods:
-        if one.has_slices:
-            forms += [(one, ADAPTED), (one, MERGED)]
-        elif one.kind in PREFIXES:
-            forms.append((one, ADAPTED))
+    """Time of a forward pass, or of generating `generate` tokens: the base, models with adapters, and slices exported.
+
+    What is exported is the same model whatever the method, so the first method with slices stands for all.
+    """
+    first = next((one for one in methods if one.has_slices), None)
+    forms: list[tuple[Method | None, str]] = [(None, BASE), *([(first, EXPORTED)] if first else [])]
+    forms += [(one, ADAPTED) for one in methods if one.has_slices or one.kind in PREFIXES]
     names = {form: BASE if form[0] is None else f"{form[0].name}, {form[1]}" for form in forms}
-    builds: dict[str, Build] = {
-        name: functools.partial(Inference, setup, *form, generate=generate) for form, name in names.items()
-    }
     what = "generation" if generate else "forward"
-    measured = _measure(builds, settings, together, f"{setup.of.name}, {what}")
+    Path(settings.output).mkdir(parents=True, exist_ok=True)
+    # Where results go there is room for a model more likely than in the system's own folder, which may be in memory.
+    with tempfile.TemporaryDirectory(prefix=".exported-", dir=settings.output, ignore_cleanup_errors=True) as folder:
+        builds: dict[str, Build] = {
+            name: functools.partial(Inference, setup, *form, folder=Path(folder), generate=generate)
+            for form, name in names.items()
+        }
+        measured = _measure(builds, settings, together, f"{setup.of.name}, {what}")
     rows = []
     for name in names.values():
         own = measured.seconds.get(name)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import random
 import statistics
 import time
@@ -22,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -32,6 +32,7 @@ Run = Callable[[int], float]
 Build = Callable[[], Run]
 
 TOGETHER, IN_TURNS = "together", "in turns"
+GIB = 2**30
 
 
 @dataclass(kw_only=True)
@@ -175,14 +176,23 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def free_bytes(device: str) -> int | None:
-    """Memory that nothing uses; None where it is not known."""
+def free_bytes(device: str) -> int:
+    """Memory that nothing uses. On a CPU with what this process has: freed memory stays with it."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not on every system
-        return None
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
+def refuse_too_large(need: int, device: str) -> None:
+    """Raise `SliceFineError` if there are not `need` bytes of free memory.
+
+    For a CPU, where the system ends a process that takes too much, and with it what was measured before; a GPU says so itself.
+    """
+    free = free_bytes(device)
+    if need > free:
+        raise SliceFineError(
+            f"out of memory: it takes {need / GIB:.1f} GiB at least, and {free / GIB:.1f} GiB are free"
+        )
 
 
 def keep_freed_memory() -> bool:

@@ -20,9 +20,11 @@ from _common import Figure, Table, cpu_model, parser, positive, provenance, say,
 from _memory import kept_for_backward
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from transformers import MixtralConfig
 
+from slicefine.benchmarking.planned_config import guess_task, read_config
 from slicefine.benchmarking.planned_cost import FULL, LORA, SLICEFINE, attached, cost, step_memory
-from slicefine.benchmarking.planned_model import Subject, guess_task, loss_of, prepare, read_config, subject
+from slicefine.benchmarking.planned_model import Subject, loss_of, prepare, subject
 from slicefine.benchmarking.planning import parse_memory, plan
 from slicefine.training.recipe import Recipe
 
@@ -34,8 +36,10 @@ unlike the plan it has the workspaces that operations of the CPU make for themse
 all in bf16).
 
 Batch {batch}, texts of {tokens} tokens, of which all but the longest in a batch are padded; small models of the architectures that \
-`slicefine bench` knows, r = 5, LoRA of rank 8. "bf16": weights in bfloat16 and autocast."""
+`slicefine bench` knows, and a Mixtral whose experts are trained too, r = 5, LoRA of rank 8. "bf16": weights in bfloat16 and autocast."""
 
+EXPERTS = "mixtral-small"
+"""A mixture of experts, which `slicefine bench` has none of: 8 experts, 2 for a token."""
 METHODS = {"rows": (SLICEFINE, "row"), "columns": (SLICEFINE, "column"), "LoRA": (LORA, "row"), "full": (FULL, "row")}
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -50,6 +54,7 @@ MODELS = (
     "roberta-base-small",
     "vit-base-small",
     "videomae-base-small",
+    EXPERTS,
 )
 
 
@@ -64,8 +69,9 @@ class Case:
     def subject(self, options: argparse.Namespace) -> tuple[Subject, str]:
         """What is planned, and the method in the planner's word."""
         method, axis = METHODS[self.method]
-        config = read_config(self.model)
-        flat = {
+        config = _mixtral() if self.model == EXPERTS else read_config(self.model)
+        experts = {"slice.target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+        flat = (experts if self.model == EXPERTS else {}) | {
             "task": guess_task(config, self.model),
             "model.name": self.model,
             "model.dtype": "float32",
@@ -76,6 +82,11 @@ class Case:
             "training.per_device_train_batch_size": options.batch,
         }
         return subject(Recipe.from_flat(flat | SETTINGS[self.setting]), config), method
+
+
+def _mixtral() -> MixtralConfig:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
+    return MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=8, vocab_size=4096)
 
 
 def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -149,7 +160,9 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     made = parser(__doc__.splitlines()[0])
-    made.add_argument("--models", nargs="+", default=list(MODELS), help="models that slicefine bench knows")
+    made.add_argument(
+        "--models", nargs="+", default=list(MODELS), help=f"models that slicefine bench knows, and {EXPERTS}"
+    )
     made.add_argument("--large", default="gemma-3-12b", help="the model whose planning is timed")
     made.add_argument("--batch", type=positive, default=4, help="texts, images or clips")
     made.add_argument("--tokens", type=positive, default=128, help="tokens in the longest text")

@@ -1,10 +1,13 @@
-"""A tiny model and a recipe for it, for tests of what `slicefine plan` says."""
+"""Tiny models and a recipe for them, for tests of what `slicefine plan` says, and what a real step saves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from transformers import LlamaConfig
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, MixtralConfig
 
 from slicefine.training.recipe import Recipe
 
@@ -17,6 +20,14 @@ TINY = {
     "vocab_size": 64,
     "max_position_embeddings": 64,
 }
+
+
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+"""Parameters of `mixtral()` that are no layer's weight."""
+
+
+def mixtral(**more: Any) -> MixtralConfig:
+    return MixtralConfig(**TINY | {"num_local_experts": 4} | more)
 
 
 def llama(**more: Any) -> LlamaConfig:
@@ -36,3 +47,19 @@ def recipe(**settings: Any) -> Recipe:
         "training.max_steps": 7,
     }
     return Recipe.from_flat(flat | {key.replace("__", "."): value for key, value in settings.items()})
+
+
+def saved_by_hooks(model: nn.Module, loss_of: Callable[[], Tensor]) -> int:
+    """Bytes of the storages that autograd saves, each once, without those of the model: counted in another way."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_of()
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    loss.backward()
+    return sum(size for place, size in found.items() if place not in own)

@@ -9,17 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from planned import TINY, llama, recipe
+from planned import EXPERTS, TINY, llama, mixtral, recipe
 from torch import nn
-from transformers import Gemma3TextConfig, MixtralConfig, SwinConfig
+from transformers import (
+    BartConfig,
+    BertConfig,
+    CLIPConfig,
+    Gemma3TextConfig,
+    Glm4MoeConfig,
+    SwinConfig,
+    WhisperConfig,
+)
 
 from slicefine.benchmarking import planned_cost
 from slicefine.benchmarking.models import MODELS
+from slicefine.benchmarking.planned_config import guess_task, read_config, whole
 from slicefine.benchmarking.planned_cost import FULL, LORA, SLICEFINE, attached, cost, repeated_step_memory, step_memory
-from slicefine.benchmarking.planned_model import Subject, guess_task, loss_of, prepare, read_config, subject
+from slicefine.benchmarking.planned_model import Subject, loss_of, prepare, subject
 from slicefine.benchmarking.planning import parse_memory, plan
 from slicefine.benchmarking.planning_report import as_dict, size, text
-from slicefine.errors import SliceFineError, SliceFineWarning
+from slicefine.errors import SliceFineError
+from slicefine.training.recipe import Recipe
 from slicefine.tuner import parameter_counts
 from slicefine.tuner.inspection import tuned
 
@@ -51,13 +61,15 @@ def train_step(of: Subject, model: nn.Module, optimizer: torch.optim.Optimizer) 
         {"slice__axis": "column"},
         {"slice__axis": "row", "slice__order": "random"},
         {"model__dtype": "bfloat16", "slice__bias": "slicefine_only"},
+        {"slice__target_parameters": EXPERTS},
+        {"slice__target_modules": [], "slice__target_parameters": EXPERTS[:1], "slice__axis": "column"},
     ],
     ids=str,
 )
 def test_sizes_are_those_of_a_real_run(method: str, settings: dict[str, Any], tmp_path: Path) -> None:
     made = recipe(**settings)
-    config = llama(attention_bias=True, dtype="float32")
-    of = subject(made, config)
+    experts = made.slice.target_parameters is not None
+    of = subject(made, mixtral(dtype="float32") if experts else llama(attention_bias=True, dtype="float32"))
     planned = cost(of, method, gpu=False, steps=8)
     model, optimizer = trained(of, method, 7)
     moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
@@ -115,6 +127,8 @@ def test_heads_are_the_same_for_all_methods() -> None:
 
 # ---------------------------------------------------------------- deep models
 
+GLM = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+
 
 @pytest.mark.parametrize("method", [SLICEFINE, LORA])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -122,13 +136,19 @@ def test_heads_are_the_same_for_all_methods() -> None:
     "config",
     [
         llama(num_hidden_layers=5),
+        mixtral(num_hidden_layers=5),
+        Glm4MoeConfig(
+            **TINY | {"num_hidden_layers": 6}, **GLM, first_k_dense_replace=1
+        ),  # of which the first has no experts
         Gemma3TextConfig(**TINY | {"num_hidden_layers": 10}, head_dim=8, sliding_window=8, sliding_window_pattern=2),
     ],
-    ids=["llama", "gemma3"],
+    ids=["llama", "mixtral", "glm4_moe", "gemma3"],
 )
 def test_layers_that_repeat_are_counted_as_if_all_were_made(config: Any, checkpointing: bool, method: str) -> None:
-    of = subject(recipe(training__activation_checkpointing=checkpointing), config)
-    short, whole = repeated_step_memory(of, method, gpu=True), step_memory(of, attached(of, method), gpu=True)
+    experts = EXPERTS if "mo" in config.model_type or "mix" in config.model_type else None
+    of = subject(recipe(training__activation_checkpointing=checkpointing, slice__target_parameters=experts), config)
+    short = repeated_step_memory(of, method, attached(of, method), gpu=True)
+    whole = step_memory(of, attached(of, method), gpu=True)
     assert short is not None
     assert (short.saved, short.gradients) == (whole.saved, whole.gradients)
     assert short.peak == pytest.approx(whole.peak, rel=0.02)
@@ -137,9 +157,30 @@ def test_layers_that_repeat_are_counted_as_if_all_were_made(config: Any, checkpo
 def test_layers_that_differ_are_all_made() -> None:
     swin = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[2, 6], num_heads=[2, 2], window_size=2)
     of = subject(recipe(task="image-classification", data__max_length=256), swin)
-    assert repeated_step_memory(of, SLICEFINE, gpu=True) is None
-    one_block = subject(recipe(slice__layers_to_transform=0), llama(num_hidden_layers=9))
-    assert repeated_step_memory(one_block, SLICEFINE, gpu=True) is None
+    assert repeated_step_memory(of, SLICEFINE, attached(of, SLICEFINE), gpu=True) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"slice__layers_to_transform": 8}, {"slice__target_modules": r".*layers\.\d*[02468]\..*_proj"}],
+    ids=str,
+)
+def test_settings_that_name_layers_by_number_are_counted_with_all(settings: dict[str, Any]) -> None:
+    of = subject(recipe(**settings), llama(num_hidden_layers=9))
+    assert repeated_step_memory(of, SLICEFINE, attached(of, SLICEFINE), gpu=True) is None
+    assert cost(of, SLICEFINE, gpu=True, deep=0).step.saved > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"slice__layers_to_transform": 0}, {"slice__target_modules": r".*layers\.[01]\..*_proj"}],
+    ids=str,
+)
+def test_blocks_that_a_shorter_model_has_are_enough(settings: dict[str, Any]) -> None:
+    of = subject(recipe(**settings), llama(num_hidden_layers=9))
+    short = repeated_step_memory(of, SLICEFINE, attached(of, SLICEFINE), gpu=True)
+    assert short is not None
+    assert short.saved == step_memory(of, attached(of, SLICEFINE), gpu=True).saved
 
 
 def test_12_billion_parameters_in_20_seconds_and_2_gigabytes() -> None:
@@ -197,19 +238,20 @@ def test_a_graph_that_depends_on_values_is_refused(monkeypatch: pytest.MonkeyPat
         cost(subject(recipe(), llama()), SLICEFINE, gpu=True)
 
 
-def test_a_mixture_of_experts_is_planned_where_its_layers_are_sliced() -> None:
-    config = MixtralConfig(**TINY, num_local_experts=4)
-    with pytest.warns(SliceFineWarning, match="three dimensions"):
-        made = plan(recipe(model__dtype="bfloat16"), config)
-    assert made.costs[0].step.saved > 0
-    with pytest.raises(SliceFineError, match="slices parameters that are no layers"):
-        plan(recipe(model__dtype="bfloat16", slice__target_parameters=["experts.down_proj"]), config)
-
-
 def test_unknown_models_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "of-tomorrow"}')
-    with pytest.raises(SliceFineError, match="of-tomorrow"):
+    config = tmp_path / "config.json"
+    with pytest.raises(SliceFineError, match=r"There is no config\.json in the folder"):
         read_config(str(tmp_path))
+    for written, said in (
+        ('{"model_type": "of-tomorrow"}', "of-tomorrow"),
+        ("{oops", "not a valid JSON file"),
+        ('{"model_type": "llama", "hidden_size": "large"}', "expected int, got str"),
+    ):
+        config.write_text(written)
+        with pytest.raises(SliceFineError, match=said):
+            read_config(str(tmp_path))
+    with pytest.raises(SliceFineError, match="Give its folder"):
+        read_config(str(config))
     with pytest.raises(SliceFineError, match="there is no folder"):
         read_config("/nowhere")
 
@@ -221,6 +263,70 @@ def test_the_task_is_told_from_the_configuration(name: str, tmp_path: Path) -> N
     config.architectures = [kinds[name]] if name in kinds else None
     config.save_pretrained(tmp_path)
     assert guess_task(read_config(str(tmp_path)), str(tmp_path)) == MODELS[name].task
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [(llama(), "causal-lm"), (BertConfig(), "text-classification"), (BartConfig(), "text-classification")],
+    ids=["decoder", "encoder", "both"],
+)
+def test_a_model_without_a_class_is_for_what_it_can_do(config: Any, task: str) -> None:
+    assert guess_task(config, "folder") == task
+
+
+def test_a_model_for_none_of_the_tasks_is_refused() -> None:
+    with pytest.raises(SliceFineError, match="folder is a whisper, for which there is none of the tasks"):
+        guess_task(WhisperConfig(architectures=["WhisperForConditionalGeneration"]), "folder")
+
+
+@pytest.mark.parametrize("config", [BertConfig(), BartConfig()], ids=["encoder", "encoder and decoder"])
+def test_an_encoder_does_not_go_on_with_a_text(config: Any) -> None:
+    with pytest.raises(SliceFineError, match=r"models that go on with a text; a b.rt is or has an encoder"):
+        plan(recipe(), config)
+
+
+def test_a_head_is_new_and_the_pretrained_part_beside_it_is_not() -> None:
+    """CLIP's classifier stands on one part of the pretrained model, without the whole around it."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config=sizes | {"image_size": 16, "patch_size": 8}, text_config=sizes, num_labels=3)
+    of = subject(recipe(task="image-classification", data__max_length=256), config)
+    assert of.heads(of.build()) == ["classifier"]
+
+
+# ---------------------------------------------------------------- names that stand for a text model alone
+
+
+def seeing(**settings: Any) -> Recipe:
+    """A recipe for a model that reads images as well, trained where it reads texts."""
+    recipe_of = {"model__architecture": "gemma3", "slice__exclude_modules": ".*(vision_tower|multi_modal_projector).*"}
+    return recipe(**recipe_of | settings)
+
+
+def test_a_name_stands_for_the_model_of_the_recipe() -> None:
+    """As the public model: https://huggingface.co/google/gemma-3-12b-pt has 12,187,325,040 parameters."""
+    config = whole(seeing(model__name="gemma-3-12b"), read_config("gemma-3-12b"))
+    assert config.model_type == "gemma3"
+    assert sum(p.numel() for p in Subject(config=config, recipe=seeing()).build().parameters()) == 12_187_325_040
+    without = recipe(model__name="gemma-3-12b")
+    assert whole(without, config) is config
+
+
+def test_only_the_part_that_reads_texts_is_planned_for_training() -> None:
+    made = plan(seeing(model__name="gemma-3-12b-small"), read_config("gemma-3-12b-small"), device="cpu")
+    alone = plan(recipe(model__name="gemma-3-12b-small"), read_config("gemma-3-12b-small"), device="cpu")
+    assert (made.model, alone.model) == ("gemma3", "gemma3_text")
+    assert made.counts.active == alone.counts.active
+    assert made.costs[0].weights > alone.costs[0].weights
+    assert made.costs[0].step.saved == pytest.approx(alone.costs[0].step.saved, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["gemma-3-12b-small", "folder"])
+def test_settings_that_match_nothing_are_refused_as_in_a_run(name: str) -> None:
+    """A text model of one's own has no other parts, and neither has a name without a recipe that says so."""
+    architecture = None if name != "folder" else "gemma3"
+    made = seeing(model__name=name, model__architecture=architecture)
+    with pytest.raises(SliceFineError, match="matches no module"):
+        plan(made, read_config("gemma-3-12b-small"))
 
 
 def test_the_dictionary_has_all_numbers() -> None:

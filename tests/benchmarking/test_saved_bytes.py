@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from planned import saved_by_hooks
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -18,9 +19,10 @@ from transformers import (
     ViTConfig,
 )
 
+from slicefine.benchmarking.fake_tensors import fake
 from slicefine.benchmarking.planned_cost import FULL, LORA, SLICEFINE, attached, step_memory
 from slicefine.benchmarking.planned_model import Subject, loss_of, prepare, subject
-from slicefine.benchmarking.saved_bytes import BLOCK, count, fake
+from slicefine.benchmarking.saved_bytes import BLOCK, count
 from slicefine.training.recipe import Recipe
 
 SMALL = {
@@ -69,22 +71,6 @@ def real(of: Subject, method: str) -> tuple[nn.Module, Callable[[], Tensor]]:
     if of.padded and "attention_mask" in batch:
         batch["attention_mask"][1:, -5:] = 0
     return model, loss_of(model, of.recipe, batch)
-
-
-def saved_by_hooks(model: nn.Module, loss_of: Callable[[], Tensor]) -> int:
-    """Bytes of the storages that autograd saves, each once, without those of the model: counted in another way."""
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = loss_of()
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    loss.backward()
-    return sum(size for place, size in found.items() if place not in own)
 
 
 @pytest.mark.parametrize("method", ["rows", "columns", LORA, FULL])
@@ -169,6 +155,14 @@ def test_logits_are_told_by_their_width() -> None:
     step = count(model, lambda: model(x).exp().sum(), widths=frozenset({256}))
     assert step.saved == 8 * (64 + 256) * 4
     assert step.saved_logits == 8 * 256 * 4
+
+
+def test_logits_that_are_gone_at_the_highest_moment_are_counted_still() -> None:
+    """Logits of 8 KiB; later the layer before them makes a gradient of 1 MiB."""
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 256, bias=False))
+    step = count(model, lambda: model(torch.ones(8, 512)).sum(), widths=frozenset({256}))
+    assert step.logits == 8 * 256 * 4
+    assert "logits" not in {kind for kind, size in step.at_peak.items() if size}
 
 
 def test_a_small_tensor_takes_a_block() -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-SMALL = "--threads 1 --models roberta-base-small --large llama-3.2-3b-small --batch 1 --tokens 8"
+SMALL = "--threads 1 --models roberta-base-small mixtral-small --large llama-3.2-3b-small --batch 1 --tokens 8"
 
 
 @pytest.mark.usefixtures("quick_collector")

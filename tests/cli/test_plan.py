@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planned import EXPERTS, mixtral
 
+from slicefine.benchmarking.models import SMALL
 from slicefine.cli.main import main
 from slicefine.training.recipe import Recipe
+from slicefine.training.shipped import shipped
 
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 
@@ -96,9 +99,62 @@ def test_models_that_bench_knows_need_no_network(name: str, capsys: pytest.Captu
     assert f"{name} (" in capsys.readouterr().out
 
 
+def test_experts_are_flags_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixtral(architectures=["MixtralForCausalLM"]).save_pretrained(tmp_path)
+    flags = ["--slice.target_parameters", json.dumps(EXPERTS), "--data.max_length", "16", "--training.max_steps", "9"]
+    assert main(["plan", str(tmp_path), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "(mixtral)" in shown
+    assert "12 weights" in shown  # four projections and two groups of experts in each of two layers
+    assert "LoRA-r8" in shown
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_recipes_that_ship_are_planned_for_a_small_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of one model differ in their data alone. Where a model reads images beside texts, the name stands for all of it."""
+    recipe = next(recipe for recipe in shipped() if recipe.startswith(name.removesuffix("-small")))
+    fewest = ["--training.per_device_train_batch_size", "1", "--device", "cpu"]
+    assert main(["plan", name, recipe, *fewest, "--memory", "24GiB"]) == 0
+    captured = capsys.readouterr()
+    assert f"{name} ({Recipe.load(shipped()[recipe]).model.architecture})" in captured.out
+    assert "full fit." in captured.out
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "There is no config.json in the folder"),
+        ({"config.json": '{"model_type": "of-tomorrow"}'}, "of-tomorrow"),
+        ({"config.json": "{oops"}, "not a valid JSON file"),
+        ({"config.json": '{"hidden_size": 3}'}, "should have a `model_type`"),
+    ],
+    ids=["no config", "unknown type", "no JSON", "no type"],
+)
+def test_folders_that_hold_no_model_are_refused(
+    files: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, written in files.items():
+        (tmp_path / name).write_text(written)
+    assert main(["plan", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert message.lower() in said.lower()
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["{config}", "--memory", "-3GiB"], "`--memory` is a number with a unit, above 0: --memory 24GiB."),
+        (["{config}", "--memory=-3GiB"], "`--memory` is a number with a unit, above 0; got '-3GiB'."),
+        (
+            ["{config}", "--training.per_device_train_batch_size", "0"],
+            "`training.per_device_train_batch_size` is at least 1; got 0.",
+        ),
+        (["vit-base-small", "roberta-base-glue-cola"], "has no model of the architecture vit"),
+        (["llama-3.2-3b-small", "vit-base-pets"], "has no model of the architecture llama"),
+        (["roberta-base-small", "llama-3.2-3b-math"], "a roberta is or has an encoder"),
+        (["{config}/config.json"], "is a file. Give its folder, {config}."),
         (["{config}", "--memory", "24"], "`--memory` is a number with a unit, above 0; got '24'. Write 24GiB."),
         (["{config}", "--device", "gpus"], "`--device` is gpu or cpu; got 'gpus'. Did you mean 'gpu'?"),
         (["{config}", "--examples", "0"], "`--examples` is at least 1; got 0."),
@@ -109,7 +165,7 @@ def test_models_that_bench_knows_need_no_network(name: str, capsys: pytest.Captu
         (["{config}", "--task", "speech"], "`task` is one of text-classification"),
         (
             ["{config}", "--slice.axis", "rows"],
-            "`slice.axis` is one of row, column, alternate; got rows. Did you mean 'row'?",
+            "`slice.axis` is one of row, column, alternate, coupled; got rows. Did you mean 'row'?",
         ),
         (["{config}", "--model.name", "other"], "`--model.name` is what MODEL says already"),
         (["{config}", "no-such-recipe"], "A recipe is a YAML file"),
@@ -122,12 +178,14 @@ def test_what_is_wrong_is_said(
     arguments: list[str], message: str, config_only: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", *(word.format(config=config_only) for word in arguments)]) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(config=config_only) in capsys.readouterr().err
 
 
 def test_a_model_of_the_hub_needs_the_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan", "nobody/nothing"]) == 2
     said = capsys.readouterr().err
-    assert "'nobody/nothing' did not load" in said
+    assert "There is no network, no folder 'nobody/nothing'" in said
     assert "llama-3.2-3b" in said
+    assert main(["plan", "llama-3.2-3b-mth"]) == 2
+    assert "Did you mean 'llama-3.2-3b-math'?" in capsys.readouterr().err

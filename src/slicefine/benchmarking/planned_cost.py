@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
+from unittest.mock import patch
 
+import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from slicefine.benchmarking.attaching import PEFT_TASKS
+from slicefine.benchmarking.fake_tensors import fake
+from slicefine.benchmarking.planned_config import first_line
 from slicefine.benchmarking.planned_model import Subject, logits_in_place, loss_of, prepare
-from slicefine.benchmarking.saved_bytes import StepMemory, count, fake
-from slicefine.errors import SliceFineError
+from slicefine.benchmarking.saved_bytes import StepMemory, count
+from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.slicing import COLUMN, ROW, Region, Schedule, Shape, artifact_size
 from slicefine.training.recipe import Recipe
 from slicefine.tuner import SliceFineConfig, parameter_counts
 from slicefine.tuner.inspection import tuned
-from slicefine.tuner.targets import find_targets
+from slicefine.tuner.targets import find_targets, weight_name
 
 SLICEFINE, LORA, FULL = "SliceFine", "LoRA", "full"
 LORA_RANK = 8
@@ -30,6 +36,8 @@ MODULES_TO_SAVE = "modules_to_save"
 """How PEFT names the copies of modules that it trains in full."""
 DEEP = 24
 """Layers from which on the graph of a model is not made in full."""
+UNLIKE = 4
+"""At the beginning of a model fewer layers than these may be of another kind, unsaid by `layer_types`: dense ones before experts, say."""
 FOREVER = 2**40
 """Optimizer steps after which everything has been trained."""
 MOMENTS = 2
@@ -83,7 +91,7 @@ def cost(
         deep: Layers from which on a model is deep.
     """
     model = attached(of, method) if model is None else model
-    step = repeated_step_memory(of, method, gpu=gpu) if of.layers >= deep else None
+    step = repeated_step_memory(of, method, model, gpu=gpu) if of.layers >= deep else None
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     held = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     masters = {} if method == FULL else trained
@@ -106,19 +114,34 @@ def cost(
 
 
 def attached(of: Subject, method: str, device: str = "meta") -> nn.Module:
-    """A new model, ready to be trained by `method`. LoRA is given the layers that SliceFine is given."""
+    """A new model, ready to be trained by `method`. LoRA is given the weights that SliceFine is given."""
     model: Any = of.build(device)
     if method == FULL:
         return model.requires_grad_(True)
     ours = SliceFineConfig(**dataclasses.asdict(of.recipe.slice))
     config = ours
     if method == LORA:
-        layers = {name: place.module for name, place in find_targets(model, ours).items() if place.is_layer}
-        turned = any(isinstance(layer, Conv1D) for layer in layers.values())
-        config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, fan_in_fan_out=turned, target_modules=list(layers))
+        places = find_targets(model, ours)
+        config = LoraConfig(
+            r=LORA_RANK,
+            lora_alpha=2 * LORA_RANK,
+            fan_in_fan_out=any(isinstance(place.module, Conv1D) for place in places.values()),
+            target_modules=[name for name, place in places.items() if place.is_layer],
+            target_parameters=[weight_name(name, place) for name, place in places.items() if not place.is_layer],
+        )
     config.task_type = cast(Any, PEFT_TASKS.get(of.recipe.task))
     config.modules_to_save = [*(of.recipe.slice.modules_to_save or []), *of.heads(model)] or None
-    return get_peft_model(model, config)
+    # Names of layers are those of the model, and not of one of transformers 4, for which PEFT would take `gate_proj` of a mixture.
+    as_named = patch.object(
+        transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None
+    )
+    try:
+        with as_named:
+            return get_peft_model(model, config, low_cpu_mem_usage=device == "meta")
+    except SliceFineError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise SliceFineError(f"PEFT does not attach {method} to {of.config.model_type}: {first_line(error)}") from error
 
 
 def _title(method: str, recipe: Recipe) -> str:
@@ -163,42 +186,76 @@ def touched(schedule: Schedule, steps: int, shape: Shape) -> tuple[int, int]:
 
 
 def step_memory(of: Subject, model: nn.Module, *, gpu: bool) -> StepMemory:
+    """Of `model`, which is `of` with a method attached. Raises `SliceFineError` where its graph cannot run without values."""
     prepare(model, of.recipe)
     try:
         with fake(model, gpu=gpu), logits_in_place() if gpu else nullcontext():
             loss = loss_of(model, of.recipe, of.inputs())
             accumulating = of.recipe.training.gradient_accumulation_steps > 1
             return count(model, loss, widths=of.widths, padded=of.padded, accumulating=accumulating)
-    except RuntimeError as error:
+    except SliceFineError:
+        raise
+    except Exception as error:  # of the model's own code, which may raise anything
         raise SliceFineError(
             f"The memory of {of.config.model_type} cannot be counted, for its graph does not run on tensors without values (where it depends on "
-            f"values, or slices parameters that are no layers, of experts, say): {str(error).splitlines()[0]} Measure a few steps: "
-            "`slicefine train` with --training.max_steps 2."
+            f"values, say): {first_line(error)} Measure a few steps: `slicefine train` with --training.max_steps 2."
         ) from error
 
 
-def repeated_step_memory(of: Subject, method: str, *, gpu: bool) -> StepMemory | None:
-    """`step_memory` of SliceFine or LoRA from two models with fewer of the same layers; None where layers are not all the same.
+def repeated_step_memory(of: Subject, method: str, model: nn.Module, *, gpu: bool) -> StepMemory | None:
+    """`step_memory` of SliceFine or LoRA from models of few layers; None where layers are not the same, or of few kinds.
 
-    Every further layer, or group of layers of different kinds, adds the same bytes, so a deep model is done in a fraction of the
-    time. Not for full tuning: with large gradients, the highest moment of a deep model may be another one.
+    Every further layer of a kind adds the same bytes, so a deep model is done in a fraction of the time. Not for full tuning: with
+    large gradients, the highest moment of a deep model may be another one.
+
+    Args:
+        model: That of the method, on the meta device, with all layers.
     """
-    groups = of.groups()
-    if method == FULL or groups is None:
-        return None
-    few, group, times = groups
-    one, two = (
-        step_memory(made, attached(made, method), gpu=gpu)
-        for made in (of.with_layers(few), of.with_layers(few + group))
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SliceFineWarning)  # said of the model with all layers
+        found = None if method == FULL else _shorter(of, method, model)
+        if found is None:
+            return None
+        base, added = found
+        start = step_memory(base, attached(base, method), gpu=gpu)
+        further = [(times, step_memory(more, attached(more, method), gpu=gpu)) for times, more in added]
 
-    def extended(first: int, second: int) -> int:
-        return first + times * (second - first)
+    def extended(of_step: Callable[[StepMemory], int]) -> int:
+        return of_step(start) + sum(times * (of_step(step) - of_step(start)) for times, step in further)
 
     return StepMemory(
-        saved=extended(one.saved, two.saved),
-        saved_logits=extended(one.saved_logits, two.saved_logits),
-        gradients=extended(one.gradients, two.gradients),
-        peak=extended(one.peak, two.peak),
-        at_peak={kind: extended(one.at_peak.get(kind, 0), two.at_peak.get(kind, 0)) for kind in two.at_peak},
+        saved=extended(lambda step: step.saved),
+        saved_logits=extended(lambda step: step.saved_logits),
+        logits=extended(lambda step: step.logits),
+        gradients=extended(lambda step: step.gradients),
+        peak=extended(lambda step: step.peak),
+        at_peak={kind: extended(lambda step, kind=kind: step.at_peak.get(kind, 0)) for kind in start.at_peak},
     )
+
+
+def _shorter(of: Subject, method: str, model: nn.Module) -> tuple[Subject, list[tuple[int, Subject]]] | None:
+    """A model of few layers, and for each kind of layers one with one more of it, and how many more of them `model` has."""
+    kinds = of.kinds
+    last = [
+        kind for place, kind in enumerate(kinds) if kind not in kinds[place + 1 :]
+    ]  # one of each, in their order at the end
+    for lead in range(UNLIKE):
+        base = kinds[:lead] + last
+        if of.layers < 2 * (len(base) + 1):
+            return None
+        added = [(kinds.count(kind) - base.count(kind), of.with_layers([*kinds[:lead], kind, *last])) for kind in last]
+        added = [(times, more) for times, more in added if times]
+        try:
+            small = _parameters(attached(of.with_layers(base), method))
+            larger = [(times, _parameters(attached(more, method))) for times, more in added]
+        except SliceFineError:
+            continue  # settings name what a model of few layers lacks
+        if torch.equal(_parameters(model), small + sum(times * (each - small) for times, each in larger)):
+            return of.with_layers(base), added
+    return None
+
+
+def _parameters(model: nn.Module) -> Tensor:
+    """Numbers of parameters, and of those that are trained, int64 `(2,)`."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return torch.tensor([sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)])

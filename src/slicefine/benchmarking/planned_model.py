@@ -14,14 +14,13 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-from slicefine.benchmarking.models import BUILT_BY, CAUSAL_LM, IMAGE, MODELS, TEXT, VIDEO
-from slicefine.errors import SliceFineError, raise_all
-from slicefine.training.hub import model_problem
+from slicefine.benchmarking.models import BUILT_BY, CAUSAL_LM, TEXT, VIDEO
+from slicefine.benchmarking.planned_config import first_line, settle
+from slicefine.errors import SliceFineError
 from slicefine.training.recipe import Recipe
 from slicefine.training.tasks.text_classification import positions
 
@@ -29,18 +28,6 @@ SIDE = 224
 """Height and width of images for models that take any."""
 VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
 """Attention without padding and without a matrix of masks, whose packages a plan does not need."""
-CLASSIFIERS = {
-    TEXT: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    IMAGE: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    VIDEO: modeling_auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING,
-    CAUSAL_LM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-}
-ENDINGS = {
-    "ForCausalLM": CAUSAL_LM, "LMHeadModel": CAUSAL_LM, "ForConditionalGeneration": CAUSAL_LM,
-    "ForSequenceClassification": TEXT, "ForMaskedLM": TEXT, "ForPreTraining": TEXT,
-    "ForImageClassification": IMAGE, "ForMaskedImageModeling": IMAGE, "ForVideoClassification": VIDEO,
-}  # fmt: skip
-"""How the class of a model ends, and what such a model is most often trained for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,29 +73,27 @@ class Subject:
         """Layers of the language model, or of all; 0 where the configuration does not say."""
         return getattr(self.config.get_text_config(), "num_hidden_layers", None) or 0
 
-    def groups(self) -> tuple[int, int, int] | None:
-        """`(few, group, times)`: the model is one of `few` layers and `times` times a `group` of layers, each group the same.
+    @property
+    def kinds(self) -> list[tuple[Any, ...]]:
+        """What the configuration says of each layer."""
+        by_layer = self._by_layer()
+        return [tuple(values[i] for values in by_layer.values()) for i in range(self.layers)]
 
-        None where that cannot be known, or would not make it shorter.
-        """
-        kinds = getattr(self.config.get_text_config(), "layer_types", None) or [None]
-        group = next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
-        few = group + self.layers % group
-        if self.layers < 2 * (few + group) or self.recipe.slice.layers_to_transform is not None:
-            return None
-        times = (self.layers - few) // group
-        made = (self.with_layers(few), self.with_layers(few + group), self)
-        small, larger, whole = (sum(p.numel() for p in of.build().parameters()) for of in made)
-        return (few, group, times) if whole == small + times * (larger - small) else None
-
-    def with_layers(self, number: int) -> Subject:
-        """The same model with fewer layers."""
+    def with_layers(self, kinds: list[tuple[Any, ...]]) -> Subject:
+        """The same model with other layers, of these kinds."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
-        text.num_hidden_layers = number
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:number]
+        text.num_hidden_layers = len(kinds)
+        for number, name in enumerate(self._by_layer()):
+            setattr(text, name, [kind[number] for kind in kinds])
         return dataclasses.replace(self, config=config)
+
+    def _by_layer(self) -> dict[str, list[Any]]:
+        """Settings of the configuration that have a value for each layer, as `layer_types` has."""
+        settings = vars(self.config.get_text_config())
+        return {
+            name: kinds for name, kinds in settings.items() if isinstance(kinds, list) and len(kinds) == self.layers
+        }
 
     def build(self, device: str = "meta") -> PreTrainedModel:
         """A new model with random weights, on the meta device none, in training mode. Raises `SliceFineError` if transformers cannot build it."""
@@ -121,7 +106,7 @@ class Subject:
         except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
             raise SliceFineError(
                 f"`model.name`: transformers builds no {made.__name__.removeprefix('Auto')} from the configuration of "
-                f"{self.recipe.model.name} ({self.config.model_type}): {str(error).splitlines()[0]}"
+                f"{self.recipe.model.name} ({self.config.model_type}): {first_line(error)}"
             ) from error
         return model.train()
 
@@ -160,11 +145,16 @@ class Subject:
         """Modules that no pretrained model has values for; they are trained in full."""
         if self.recipe.task == CAUSAL_LM:
             return []
-        backbone = model.base_model_prefix
+        backbone = {model.base_model_prefix}
+        if not hasattr(
+            model, model.base_model_prefix
+        ):  # a part of the pretrained model without the whole around it (CLIP)
+            with torch.device("meta"):
+                backbone = {name for name, _ in transformers.AutoModel.from_config(self.config).named_children()}
         return [
             name
             for name, module in model.named_children()
-            if name != backbone and any(True for _ in module.parameters())
+            if name not in backbone and any(True for _ in module.parameters())
         ]
 
 
@@ -205,73 +195,12 @@ def logits_in_place() -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------- configurations
-
-
-def read_config(name: str) -> Any:
-    """The configuration of the model `name`: one that `slicefine bench` knows, a folder, or a model of the hub.
-
-    Nothing but `config.json` is read. Raises `SliceFineError` if there is none, or one that transformers does not know.
-    """
-    if name in MODELS:
-        known = MODELS[name]
-        return getattr(transformers, known.config)(**known.sizes, dtype="bfloat16" if known.task == CAUSAL_LM else None)
-    offline = f"Without a network there are {', '.join(MODELS)}."
-    if problem := model_problem(name):
-        raise SliceFineError(f"{problem} {offline}")
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise SliceFineError(
-            f"`model.name` is a folder with a config.json that transformers {transformers.__version__} knows, or the name of a model on the "
-            f"hub; that of {name!r} did not load: {str(error).splitlines()[0]} {offline}"
-        ) from error
-
-
-def guess_task(config: Any, name: str) -> str:
-    """What a model with this configuration is most likely trained for. Raises `SliceFineError` if it cannot be told."""
-    if name in MODELS:
-        return MODELS[name].task
-    kinds = config.architectures or []
-    found = next((task for kind in kinds for ending, task in ENDINGS.items() if kind.endswith(ending)), None)
-    known = [task for task, mapping in CLASSIFIERS.items() if type(config) in mapping]
-    if found in known:
-        return found
-    if VIDEO in known:
-        return VIDEO
-    if known:
-        return known[0]
-    raise SliceFineError(
-        f"`task` cannot be told from the configuration of {name} ({config.model_type}). Give it: --task {', '.join(BUILT_BY)}."
-    )
-
-
 def subject(recipe: Recipe, config: Any) -> Subject:
     """The model of `recipe`, with the settings of the recipe put into its configuration.
 
     Raises `SliceFineError` with all that does not fit.
     """
-    problems = []
-    if getattr(config, "quantization_config", None) is not None:
-        problems.append(
-            f"`model.name` {recipe.model.name} is quantized; slices are trained in bf16, fp16 or fp32. Name the model it was made from."
-        )
-    if type(config) not in CLASSIFIERS[recipe.task]:
-        problems.append(
-            f"`task` is {recipe.task}, for which transformers has no model of the architecture {config.model_type}."
-        )
-    if recipe.task == VIDEO:
-        config.num_frames = recipe.data.num_frames or getattr(config, "num_frames", None)
-        if config.num_frames is None:
-            problems.append(f"video-classification is for models with `num_frames`; this is a {config.model_type}.")
-        elif config.num_frames % getattr(config, "tubelet_size", 1):
-            problems.append(f"`data.num_frames` is a multiple of {config.tubelet_size}; got {config.num_frames}.")
-    raise_all(problems, "Plan")
-    config.problem_type = "single_label_classification"
-    if recipe.data.label_kind == "number":
-        config.num_labels, config.problem_type = 1, "regression"
-    if recipe.task == TEXT and config.get_text_config().pad_token_id is None:  # as the task sets it, from the tokenizer
-        config.pad_token_id = config.get_text_config().pad_token_id = 0
+    settle(recipe, config)
     made = Subject(config=config, recipe=recipe)
     _refuse_longer(made)
     return made

@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from slicefine.benchmarking.planned_config import whole
 from slicefine.benchmarking.planned_cost import (
     FULL,
     LORA,
@@ -28,6 +29,7 @@ from slicefine.slicing import COLUMN, ParameterCounts
 from slicefine.training.recipe import Recipe
 from slicefine.training.run import planned_steps
 from slicefine.tuner import parameter_counts
+from slicefine.tuner.base_layers import LINEAR_LAYERS
 from slicefine.tuner.inspection import tuned
 
 GPU, CPU = "gpu", "cpu"
@@ -66,9 +68,11 @@ class Plan:
     coverage: float | None
     """Share of the entries of these weights that the run will have trained."""
     lora_rank: int | None
-    """Greatest rank of the run exported as LoRA."""
+    """Greatest rank of the run exported as LoRA; None where its length is not known, and for slices that no LoRA can hold."""
     costs: list[Cost]
-    """SliceFine, LoRA, full."""
+    """SliceFine, LoRA, full; without those two that cannot be counted for this model, see `notes`."""
+    notes: list[str]
+    """What a reader has to know of this plan."""
     memory: int | None
     """Bytes of the device."""
     changes: list[Change]
@@ -94,11 +98,12 @@ def parse_memory(text: str) -> int:
         "TIB": 2**40,
     }
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) <= 0:
+    size = int(float(found[1]) * units[found[2].upper()]) if found else 0
+    if size < 1:
         number = re.fullmatch(r"\d+(?:\.\d+)?", text.strip())
         fix = f"Write {text.strip()}GiB." if number else "Write 24GiB (2**30 bytes each) or 24GB (10**9), say."
         raise SliceFineError(f"`--memory` is a number with a unit, above 0; got {text!r}. {fix}")
-    return int(float(found[1]) * units[found[2].upper()])
+    return size
 
 
 def plan(
@@ -107,7 +112,7 @@ def plan(
     """Plan the run of `recipe`.
 
     Args:
-        config: Of its model, see `planned_model.read_config`.
+        config: Of its model, see `planned_config.read_config`.
         examples: Training examples, for the length of the run; not needed where `training.max_steps` is given.
         memory: Bytes of the device.
         device: `"gpu"` or `"cpu"`: whose kernels are used.
@@ -116,17 +121,25 @@ def plan(
     """
     gpu = device == GPU
     steps = run_length(recipe, examples)
+    config = whole(recipe, config)
     of = subject(recipe, config)
     model = attached(of, SLICEFINE)
     layers = tuned(model)
     counts = parameter_counts(model, steps)
     biases = sum(layer.slicefine_bias[a].numel() for _, layer, a in layers if a in layer.slicefine_bias)
     shapes = [layer.shape for _, layer, _ in layers]
-    ranks = [min(sum(touched(recipe.slice_schedule, steps, shape)), *shape[:2]) for shape in shapes] if steps else []
-    costs = [cost(of, SLICEFINE, gpu=gpu, steps=steps, model=model)]
+    linear = all(layer.place.is_layer and isinstance(layer.place.module, LINEAR_LAYERS) for _, layer, _ in layers)
+    schedules = [layer.slicefine_state[a].schedule for _, layer, a in layers]
+    both = zip(schedules, shapes, strict=True)
+    ranks = [min(sum(touched(schedule, steps, shape)), *shape[:2]) for schedule, shape in both] if steps else []
+    costs, notes = [cost(of, SLICEFINE, gpu=gpu, steps=steps, model=model)], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SliceFineWarning)  # said when SliceFine was attached
-        costs += [cost(of, method, gpu=gpu) for method in (LORA, FULL)]
+        for method in (LORA, FULL):
+            try:
+                costs.append(cost(of, method, gpu=gpu))
+            except SliceFineError as error:
+                notes.append(f"There is no column for {method}. {error}")
     made = Plan(
         recipe=recipe,
         model=of.config.model_type,
@@ -138,8 +151,9 @@ def plan(
         moves=None if steps is None else recipe.slice_schedule.moves(max(steps - 1, 0)),
         targets=len(layers),
         coverage=((counts.planned or 0) - biases) / sum(map(math.prod, shapes)) if steps else None,
-        lora_rank=max(ranks, default=None),
+        lora_rank=max(ranks, default=None) if linear else None,
         costs=costs,
+        notes=notes,
         memory=memory,
         changes=[],
         smallest=None,

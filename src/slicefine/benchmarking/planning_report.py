@@ -35,6 +35,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "targets": plan.targets,
         "coverage": plan.coverage,
         "lora_rank": plan.lora_rank,
+        "notes": plan.notes,
         "methods": [_method(plan, cost) for cost in plan.costs],
         "memory": plan.memory,
         "set_aside": OUTSIDE[GPU if plan.gpu else CPU],
@@ -57,6 +58,7 @@ def _method(plan: Plan, cost: Cost) -> dict[str, Any]:
         "originals_on_cpu": cost.originals,
         "saved_for_backward": cost.step.saved,
         "of_which_logits": cost.step.saved_logits,
+        "logits": cost.step.logits,
         "step": cost.step.peak,
         "step_at_its_peak": cost.step.at_peak,
         "device": cost.device,
@@ -70,7 +72,7 @@ def _change(change: Change) -> dict[str, Any]:
 
 def text(plan: Plan) -> str:
     """The plan in tables and sentences."""
-    return "\n".join([*_head(plan), "", *_table(plan), "", *_verdict(plan), NOTE])
+    return "\n".join([*_head(plan), "", *_table(plan), "", *_verdict(plan), *plan.notes, NOTE])
 
 
 def _head(plan: Plan) -> list[str]:
@@ -103,7 +105,12 @@ def _head(plan: Plan) -> list[str]:
         + ("" if plan.coverage is None else f", {plan.coverage:.2%} of these weights trained in the end"),
     ]
     if plan.lora_rank is not None:
-        lines.append(f"{'as LoRA':<12} rank {plan.lora_rank} when exported")
+        dropped = (
+            "; heads and biases have to be left out" if counts.modules_to_save or recipe.slice.bias != "none" else ""
+        )
+        lines.append(f"{'as LoRA':<12} rank {plan.lora_rank} when exported{dropped}")
+    elif plan.steps is not None:
+        lines.append(f"{'as LoRA':<12} not exported: slices are in more than linear layers")
     return lines
 
 
@@ -118,7 +125,7 @@ def _table(plan: Plan) -> list[str]:
         ("AdamW's moments", [size(cost.moments) for cost in costs]),
         ("gradients", [size(cost.step.gradients) for cost in costs]),
         ("saved for backward", [size(cost.step.saved - cost.step.saved_logits) for cost in costs]),
-        ("logits", [size(max(cost.step.saved_logits, cost.step.at_peak.get("logits", 0))) for cost in costs]),
+        ("logits", [size(cost.step.logits) for cost in costs]),
         ("all of a step, at its peak", [size(cost.step.peak) for cost in costs]),
         ("device, at its peak", [size(cost.device) for cost in costs]),
         (f"originals, on the CPU{at_most}", [size(cost.originals) for cost in costs]),

@@ -5,44 +5,27 @@ else is alive at the highest moment, and which gradients are made come from the 
 autograd. No formula knows an architecture. The same count on real tensors gives the same bytes (see docs/planning.md).
 
 A storage is counted once, however many tensors look at it: a saved view keeps its whole storage alive.
-
-Fake tensors are said to be on the CPU, for which torch has all it needs on every machine. What differs on a GPU is put in its
-place by `_as_on_gpu`: the kernels of attention and dropout, and what autocast computes in fp32.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
-import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.utils import import_utils
 
-from slicefine.tuner.layer import SliceLayer
+from slicefine.benchmarking.fake_tensors import aten, grouped_product
 
-aten = torch.ops.aten
-FLASH_HEAD = 256
-"""Widest head that flash attention takes."""
 BLOCK = 512
 """CUDA's allocator rounds a tensor up to so many bytes."""
-# https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32", as far as models use them.
-FP32_ON_GPU = (
-    "__pow__", "__rpow__", "__rtruediv__", "binary_cross_entropy_with_logits", "cross_entropy", "cumprod", "cumsum", "exp",
-    "expm1", "group_norm", "l1_loss", "layer_norm", "log", "log10", "log1p", "log2", "log_softmax", "mse_loss", "nll_loss",
-    "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt", "smooth_l1_loss", "softmax", "softplus", "sum",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +36,8 @@ class StepMemory:
     """Saved for backward at the end of the forward pass, parameters and buffers left out."""
     saved_logits: int
     """The part of `saved` that is as wide as the vocabulary."""
+    logits: int
+    """The most that is as wide as the vocabulary at once, in blocks of the allocator."""
     gradients: int
     """Gradients of parameters at the end of the backward pass."""
     peak: int
@@ -76,7 +61,7 @@ class _Live(TorchDispatchMode):
         self._saved: set[int] = set()
         self._watched: dict[int, Any] = {}
         self._now: Counter[str] = Counter()
-        self.peak = 0
+        self.peak = self.logits = 0
         self.at_peak: dict[str, int] = {}
 
     @classmethod
@@ -86,6 +71,8 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._answer(func, args[0])
+        if func is aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+            func = grouped_product
         made = func(*args, **kwargs or {})
         for tensor in made if isinstance(made, tuple | list) else (made,):
             if isinstance(tensor, Tensor):
@@ -108,6 +95,7 @@ class _Live(TorchDispatchMode):
         self._kinds[key] = "logits" if wide else "temporary"
         self._watched[key] = weakref.ref(storage, lambda _, key=key: self._gone(key))
         self._now[self._kinds[key]] += _blocks(self._bytes[key])
+        self.logits = max(self.logits, self._now["logits"])
         if (total := sum(self._now.values())) > self.peak:
             self.peak, self.at_peak = total, dict(self._now)
 
@@ -162,7 +150,7 @@ def count(
     """Run forward and backward, and count.
 
     Args:
-        model: Its parameters and buffers are not counted; gradients that it has are dropped. Fake (see `fake`) or real.
+        model: Its parameters and buffers are not counted; gradients that it has are dropped. Fake (see `fake_tensors.fake`) or real.
         loss_of: The forward pass; must keep nothing itself.
         widths: Numbers in the last dimension of what is to be called logits.
         padded: What a fake model is told if it asks whether some tokens are padding.
@@ -185,7 +173,14 @@ def count(
     del loss
     gradients = sum(p.grad.untyped_storage().nbytes() for p in trained if p.grad is not None)
     model.zero_grad(set_to_none=True)
-    return StepMemory(saved=saved, saved_logits=saved_logits, gradients=gradients, peak=live.peak, at_peak=live.at_peak)
+    return StepMemory(
+        saved=saved,
+        saved_logits=saved_logits,
+        logits=live.logits,
+        gradients=gradients,
+        peak=live.peak,
+        at_peak=live.at_peak,
+    )
 
 
 @contextmanager
@@ -198,125 +193,3 @@ def _without_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-# ---------------------------------------------------------------- tensors without values
-
-
-@contextmanager
-def fake(model: nn.Module, *, gpu: bool) -> Iterator[None]:
-    """Within this context the model, which is on the meta device, computes with fake tensors, and so does all else.
-
-    Args:
-        model: Its parameters are put back at the end.
-        gpu: As on an NVIDIA GPU with tensor cores (Ampere or later), else as on a CPU.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # constants that a module computed with numpy
-    made: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for module in model.modules():
-            for held in (module._parameters, module._buffers, vars(module)):
-                present = {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
-                stack.callback(held.update, present)
-                for name, tensor in present.items():
-                    if id(tensor) not in made:
-                        made[id(tensor)] = _faked(mode, tensor)
-                    held[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType] -- of a parameter a parameter is made
-        for module in model.modules():
-            if isinstance(module, SliceLayer) and module.installed is not None:
-                module.has_followed(module.installed)  # there are no values that could differ
-        # transformers makes all masks for fake tensors, as it does for a compiler; here it is to do as in training.
-        stack.enter_context(patch.object(import_utils, "is_fake_tensor", lambda _: False))
-        # What torch logs of an operation that fails is in the error.
-        stack.enter_context(patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True))
-        stack.enter_context(mode)
-        if gpu:
-            stack.enter_context(_as_on_gpu())
-        yield
-
-
-def _faked(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-    made = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
-    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-
-
-@contextmanager
-def _as_on_gpu() -> Iterator[None]:
-    """Attention, dropout and autocast as on a GPU; for fake tensors, which have no values that could be wrong."""
-    with ExitStack() as stack:
-        for owner in (torch, F, Tensor):
-            for name in FP32_ON_GPU:
-                if callable(usual := getattr(owner, name, None)):
-                    stack.enter_context(patch.object(owner, name, _in_fp32(usual)))
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _attention))
-        stack.enter_context(patch.object(F, "dropout", _dropout))
-        yield
-
-
-def _in_fp32(usual: Callable[..., Any]) -> Callable[..., Any]:
-    """`usual` as autocast on a GPU runs it."""
-
-    @functools.wraps(usual)
-    def widened(*args: Any, **kwargs: Any) -> Any:
-        below = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutocastCPU)
-        if below or not torch.is_autocast_enabled("cpu"):  # below: torch's own, within an operation
-            return usual(*args, **kwargs)
-        return usual(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
-
-    return widened
-
-
-def _widened(value: Any) -> Any:
-    narrow = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if narrow else value
-
-
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """One byte an entry is saved; on a CPU it is a number of the dtype of `x`."""
-    return aten.native_dropout(x, p, True)[0] if training and 0 < p < 1 else x
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The kernel that `scaled_dot_product_attention` picks on a GPU, whose tensors for backward are those of that kernel.
-
-    Flash where there is no mask and 16 bits, else memory-efficient; with fewer heads of keys than of queries that one has no
-    kernel, and the attention matrix is saved. Shapes `(batch, heads, tokens, head)`.
-    """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    same_head = query.shape[-1] == value.shape[-1]
-    if attn_mask is None and half and same_head and query.shape[-1] <= FLASH_HEAD:
-        head = query.shape[-1]
-        padding = -head % 8
-        padded = (F.pad(tensor, (0, padding)) if padding else tensor for tensor in (query, key, value))
-        attended = aten._scaled_dot_product_flash_attention(*padded, dropout_p, is_causal, scale=scale)[0]
-        return attended[..., :head] if padding else attended
-    if enable_gqa or (attn_mask is not None and attn_mask.requires_grad):
-        return torch._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )[0]
-    bias = None if attn_mask is None else _bias(attn_mask, query, key)
-    return aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, dropout_p, is_causal, scale=scale
-    )[0]
-
-
-def _bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The mask as the memory-efficient kernel takes it: numbers to add, rows of a multiple of 16, the same for all heads."""
-    if mask.dtype is torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
-    length = mask.shape[-1]
-    if padding := -length % 16:
-        mask = F.pad(mask, (0, padding))[..., :length]
-    return mask.expand(*query.shape[:-1], key.shape[-2])

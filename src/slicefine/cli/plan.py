@@ -54,6 +54,8 @@ def add(parser: ArgumentParser) -> None:
 
 def explain(error: ArgumentError) -> str | None:
     """What is wrong with the value of a flag, in our words."""
+    if re.search(r"argument --memory.*expected one argument", str(error)):  # also where it is given as -3GiB
+        return "`--memory` is a number with a unit, above 0: --memory 24GiB."
     found = re.search(r'Parser key "examples".*(?:Got|Given) value: (.*)\Z', str(error), re.DOTALL)
     return f"`--examples` is a whole number; got {found[1]}." if found else schema.explain(Recipe, error)
 
@@ -95,7 +97,7 @@ def _problems(given: Any) -> list[str]:
 
 
 def _plan(given: Any, memory: int | None) -> Plan:
-    from slicefine.benchmarking.planned_model import guess_task, read_config
+    from slicefine.benchmarking.planned_config import guess_task, read_config
     from slicefine.benchmarking.planning import plan
 
     overrides = {key: value for key, value in vars(given.as_flat()).items() if key in schema.settings(Recipe)}

@@ -34,6 +34,7 @@ def test_the_public_names():
         "SliceFineModel",
         "SliceFineWarning",
         "active_slices",
+        "couplings",
         "parameter_counts",
         "touched_slices",
     ]

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from slicefine.errors import SliceFineError, SliceFineWarning
     from slicefine.slicing import ParameterCounts, Slice
     from slicefine.training.callback import SliceFineCallback
-    from slicefine.tuner import SliceFineConfig, SliceFineModel, active_slices, parameter_counts, touched_slices
+    from slicefine.tuner import (
+        SliceFineConfig,
+        SliceFineModel,
+        active_slices,
+        couplings,
+        parameter_counts,
+        touched_slices,
+    )
 
 __version__ = "0.1.0"
 
@@ -35,6 +42,7 @@ _HOME = {
     "SliceFineModel": "slicefine.tuner",
     "SliceFineWarning": "slicefine.errors",
     "active_slices": "slicefine.tuner",
+    "couplings": "slicefine.tuner",
     "parameter_counts": "slicefine.tuner",
     "touched_slices": "slicefine.tuner",
 }
@@ -48,6 +56,7 @@ __all__ = [
     "SliceFineModel",
     "SliceFineWarning",
     "active_slices",
+    "couplings",
     "parameter_counts",
     "touched_slices",
 ]

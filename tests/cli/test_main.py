@@ -106,7 +106,7 @@ def test_the_flags_of_train_are_a_decision(capsys: pytest.CaptureFixture[str]) -
         (["train", "a.yaml", "--learning_rate", "3"], "Did you mean '--training.learning_rate'?"),
         (["train", "a.yaml", "--slice.r", "many"], "`slice.r` is a whole number; got many."),
         (["train", "a.yaml", "--slice.slide_every", "None"], "a whole number or null; got None. Write null."),
-        (["train", "a.yaml", "--slice.axis=rows"], "is one of row, column, alternate; got rows. Did you mean 'row'?"),
+        (["train", "a.yaml", "--slice.axis=rows"], "is one of row, column, alternate, coupled; got rows. Did you mean 'row'?"),
         (["train", "a.yaml", "--slice.r"], "--slice.r takes a value: --slice.r VALUE"),
         (["train", "absent.yaml"], "there is none at absent.yaml"),
         (["train", "a.yaml", "b.yaml"], "no argument 'b.yaml' here"),

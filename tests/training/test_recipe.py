@@ -89,7 +89,7 @@ def test_all_problems_at_once_with_the_file_named(tmp_path: Path) -> None:
         "there is no setting 'model.nam'. Did you mean 'model.name'?",
         "there is no setting 'slice.rr'. Did you mean 'slice.r'?",
         "there is no setting 'training.num_train_epoch'. Did you mean 'training.num_train_epochs'?",
-        "`slice.axis` is one of row, column, alternate; got 'rov'. Did you mean 'row'?",
+        "`slice.axis` is one of row, column, alternate, coupled; got 'rov'. Did you mean 'row'?",
         "`training.learning_rate` is a number; got 'fast'.",
         "`task` is one of text-classification, image-classification, video-classification, causal-lm; got 'text-clasification'. Did you mean 'text-classification'?",
         "`data.validation` as a fraction lies between 0 and 1, ends excluded; got 1.5.",

@@ -2,15 +2,18 @@
 
 from slicefine.slicing.budget import ParameterCounts, active_size, artifact_size, touched_size
 from slicefine.slicing.geometry import COLUMN, ROW, SLICE_AXES, Region, Shape, Slice
-from slicefine.slicing.schedule import ALTERNATE, AXES, ORDERS, Schedule
+from slicefine.slicing.layout import Layout
+from slicefine.slicing.schedule import ALTERNATE, AXES, COUPLED, ORDERS, Schedule
 
 __all__ = [
     "ALTERNATE",
     "AXES",
     "COLUMN",
+    "COUPLED",
     "ORDERS",
     "ROW",
     "SLICE_AXES",
+    "Layout",
     "ParameterCounts",
     "Region",
     "Schedule",

@@ -9,11 +9,12 @@ the numbers that all experts of a mixture have in one place. That is our choice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from slicefine.errors import SliceFineError, did_you_mean
+from slicefine.slicing.layout import Layout
 
 ROW = "row"
 COLUMN = "column"
@@ -27,12 +28,15 @@ Shape = tuple[int, ...]
 class Slice:
     """`width` adjacent rows (`axis="row"`) or columns (`axis="column"`) that begin at index `start`.
 
+    Of a coupled weight, the rows or columns of `width` adjacent features, of which `start` is the first: `layout` says where they are.
+
     Raises `SliceFineError` for an unknown axis, a negative start or a width below 1.
     """
 
     axis: str
     start: int
     width: int
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         if self.axis not in SLICE_AXES:
@@ -46,13 +50,25 @@ class Slice:
 
     @property
     def stop(self) -> int:
-        """One past the last index, as in `range(start, stop)`."""
+        """One past the last index, or feature, as in `range(start, stop)`."""
         return self.start + self.width
 
     @property
-    def indices(self) -> range:
-        """The rows or columns of the slice."""
-        return range(self.start, self.stop)
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """First index and number of rows or columns that lie side by side, by rising index."""
+        return ((self.start, self.width),) if self.layout is None else self.layout.pieces(self.start, self.stop)
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The rows or columns of the slice, by rising index."""
+        if self.layout is None:
+            return range(self.start, self.stop)
+        return tuple(index for first, count in self.runs for index in range(first, first + count))
+
+    @property
+    def count(self) -> int:
+        """Number of rows or columns."""
+        return self.width if self.layout is None else self.width * self.layout.copies
 
     @property
     def dim(self) -> int:
@@ -61,7 +77,12 @@ class Slice:
 
     def check(self, shape: Shape) -> Slice:
         """Return the slice itself if it lies within a weight of `shape`; raise `SliceFineError` if it does not."""
-        if self.stop > shape[self.dim]:
+        if self.layout is not None and (self.layout.dimension != shape[self.dim] or self.stop > self.layout.features):
+            raise SliceFineError(
+                f"A slice lies within its weight: features {self.start} to {self.stop - 1} of {self.layout.features} with "
+                f"{self.layout.dimension} {self.axis}s, and a weight of shape {tuple(shape)}, which has {shape[self.dim]}."
+            )
+        if self.layout is None and self.stop > shape[self.dim]:
             raise SliceFineError(
                 f"A slice lies within its weight: {self.axis}s {self.start} to {self.stop - 1} do not exist in a "
                 f"weight of shape {tuple(shape)}, which has {shape[self.dim]} {self.axis}s."
@@ -70,7 +91,7 @@ class Slice:
 
     def size(self, shape: Shape) -> int:
         """Number of entries of the slice in a weight of `shape`."""
-        return self.width * shape[1 - self.dim] * prod(shape[2:])
+        return self.count * shape[1 - self.dim] * prod(shape[2:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,15 @@ so that it is full; it then overlaps its neighbour.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from slicefine.errors import did_you_mean
 from slicefine.slicing.geometry import COLUMN, ROW, Shape, Slice
+from slicefine.slicing.layout import Layout
 
 ALTERNATE = "alternate"
+COUPLED = "coupled"
 AXES = (ROW, COLUMN, ALTERNATE)
 ORDERS = ("sweep", "random")
 
@@ -33,13 +35,24 @@ class Schedule:
     r: int
     """Rank: rows or columns in a slice."""
     axis: str
-    """`"row"`, `"column"`, or `"alternate"` (row, column, row, ...)."""
+    """`"row"`, `"column"`, `"alternate"` (row, column, row, ...), or `"coupled"`, which each weight makes one of the first two (`along`)."""
     slide_every: int | None
     """Optimizer steps per position; None = the slice never moves (RoCoFT)."""
     order: str
     """`"sweep"` (adjacent blocks) or `"random"` (all blocks once, in a new seeded order on every pass)."""
     seed: int
     """Seed of the random order."""
+    layout: Layout | None = None
+    """Of a coupled weight: where the features are that move."""
+
+    def along(self, layout: Layout | None) -> Schedule:
+        """The schedule of one weight: itself, or of coupled ones that which trains the rows or columns of `layout`.
+
+        A coupled weight without a layout has no partner: its rows are trained.
+        """
+        if self.axis != COUPLED:
+            return self
+        return replace(self, axis=ROW if layout is None else layout.axis, layout=layout)
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings, one sentence each; empty if nothing is."""
@@ -48,8 +61,9 @@ class Schedule:
             found.append(
                 f"`r` is the number of rows or columns in a slice, a whole number of at least 1; got {self.r!r}."
             )
-        if self.axis not in AXES:
-            found.append(f"`axis` is one of {', '.join(AXES)}; got {self.axis!r}.{did_you_mean(self.axis, AXES)}")
+        choices = (*AXES, COUPLED)
+        if self.axis not in choices:
+            found.append(f"`axis` is one of {', '.join(choices)}; got {self.axis!r}.{did_you_mean(self.axis, choices)}")
         if self.slide_every is not None and (not _is_int(self.slide_every) or self.slide_every < 1):
             found.append(
                 "`slide_every` is a whole number of optimizer steps of at least 1, or None for a slice that never "
@@ -70,7 +84,8 @@ class Schedule:
     def __str__(self) -> str:
         """What decides positions, as files and messages give it: the seed only where there is a choice for it to make."""
         seed = f" seed={self.seed}" if self.order == "random" else ""
-        return f"r={self.r} axis={self.axis} slide_every={self.slide_every} order={self.order}{seed}"
+        layout = f"@{self.layout.digest}" if self.layout else ""
+        return f"r={self.r} axis={self.axis}{layout} slide_every={self.slide_every} order={self.order}{seed}"
 
     def slice_at(self, step: int, shape: Shape) -> Slice:
         """The slice that optimizer step number `step` (counted from 0) trains in a weight of `shape`."""
@@ -86,26 +101,31 @@ class Schedule:
 
     def widest(self, shape: Shape) -> Shape:
         """`(width, length, *kernel)` of the smallest matrix that can hold the slice of a weight of `shape` at any step."""
-        pieces = [(min(self.r, shape[dim]), shape[1 - dim]) for dim in map((ROW, COLUMN).index, self._cycle())]
-        return max(width for width, _ in pieces), max(length for _, length in pieces), *shape[2:]
+        pieces = [self._placement(move, shape) for move in range(len(self._cycle()))]
+        width, length = max(piece.count for piece in pieces), max(shape[1 - piece.dim] for piece in pieces)
+        return width, length, *shape[2:]
 
     def _cycle(self) -> tuple[str, ...]:
         return (ROW, COLUMN) if self.axis == ALTERNATE else (self.axis,)
 
+    def _dimension(self, axis: str, shape: Shape) -> int:
+        """How many rows, columns or features there are to move along."""
+        return self.layout.features if self.layout else shape[0] if axis == ROW else shape[1]
+
     def _blocks(self, axis: str, shape: Shape) -> int:
-        dimension = shape[0] if axis == ROW else shape[1]
+        dimension = self._dimension(axis, shape)
         return -(-dimension // min(self.r, dimension))
 
     def _placement(self, move: int, shape: Shape) -> Slice:
         cycle = self._cycle()
         axis = cycle[move % len(cycle)]
         visit = move // len(cycle)
-        dimension = shape[0] if axis == ROW else shape[1]
+        dimension = self._dimension(axis, shape)
         width = min(self.r, dimension)
         blocks = self._blocks(axis, shape)
         turn, position = divmod(visit, blocks)
         block = position if self.order == "sweep" else _shuffled(self.seed, dimension, width, turn)[position]
-        return Slice(axis, min(block * width, dimension - width), width)
+        return Slice(axis, min(block * width, dimension - width), width, self.layout)
 
 
 @lru_cache(maxsize=1024)

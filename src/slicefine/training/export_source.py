@@ -134,7 +134,7 @@ class Trained:
         target = artifact.Target(
             tuple(weight.shape),
             bias and self.config.bias != "none",
-            self.config.schedule,
+            self.config.schedule_of(name),
             functools.partial(present_values, weight),
         )
         own = [key for key in self.tensors.file_of if artifact.bare(key).rpartition(".")[0] == name]

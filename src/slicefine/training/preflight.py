@@ -159,7 +159,7 @@ def _unchanged_by_a_step(trainer: CheckedTrainer, layers: dict[str, SliceLayer])
     return [
         name
         for name, layer in layers.items()
-        if torch.equal(vectors(layer.matrix, places[name].axis)[_span(places[name])], before[name])
+        if torch.equal(vectors(layer.matrix, places[name].axis)[[*places[name].indices]], before[name])
     ]
 
 
@@ -168,14 +168,10 @@ def _masters(layer: SliceLayer) -> list[nn.Parameter]:
     return [held[adapter] for held in (layer.slicefine_weight, layer.slicefine_bias) if adapter in held]
 
 
-def _span(piece: Any) -> slice:
-    return slice(piece.start, piece.stop)
-
-
 def _active_values(layer: SliceLayer) -> Tensor:
     """A copy of the rows or columns of the weight that the next step trains."""
     piece = layer.state.active
-    return vectors(layer.matrix.detach(), piece.axis)[_span(piece)].clone()
+    return vectors(layer.matrix.detach(), piece.axis)[[*piece.indices]]
 
 
 @contextmanager
@@ -200,7 +196,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for layer, weight, piece, values, state in kept:
-                vectors(weight, piece.axis)[_span(piece)] = values
+                vectors(weight, piece.axis)[[*piece.indices]] = values
                 if (bias := f"slicefine_bias.{layer.installed}") in state:
                     cast(Tensor, layer.place.bias).copy_(state[bias])
                 # The weight itself: a layer takes no position without values, and copying a tensor to itself is free.

@@ -96,8 +96,8 @@ class SliceSettings:
 
     r: int = 5
     """Rank: rows or columns in a slice"""
-    axis: Literal["row", "column", "alternate"] = "alternate"
-    """row (output features), column (input features), or alternate"""
+    axis: Literal["row", "column", "alternate", "coupled"] = "alternate"
+    """row (output features), column (input features), alternate, or coupled (the same hidden features on both sides)"""
     slide_every: int | None = 500
     """Optimizer steps per position; null = the slice never moves"""
     order: Literal["sweep", "random"] = "sweep"
@@ -255,8 +255,9 @@ class Recipe:
     @property
     def slice_schedule(self) -> Schedule:
         """Where the slices will be."""
-        names = [item.name for item in dataclasses.fields(Schedule)]
-        return Schedule(**{name: getattr(self.slice, name) for name in names})
+        given = dataclasses.asdict(self.slice)
+        names = [item.name for item in dataclasses.fields(Schedule) if item.name in given]
+        return Schedule(**{name: given[name] for name in names})
 
 
 def _help(key: str) -> str:

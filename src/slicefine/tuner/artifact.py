@@ -117,8 +117,10 @@ def locate(folder: str | os.PathLike[str], subfolder: str | None, **download: An
     return file
 
 
-def check_file(file: Path, schedule: Schedule, seals: dict[str, str], heads: dict[str, str] | None) -> None:
-    """Raise `SliceFineError` if `file` does not hold what the configuration beside it says: `schedule`, `seals`, `heads`."""
+def check_file(
+    file: Path, schedule_of: Callable[[str], Schedule], seals: dict[str, str], heads: dict[str, str] | None
+) -> None:
+    """Raise `SliceFineError` if `file` does not hold what the configuration beside it says: schedules by target, `seals`, `heads`."""
     try:
         tensors = load_file(file)
     except SafetensorError as error:
@@ -132,7 +134,7 @@ def check_file(file: Path, schedule: Schedule, seals: dict[str, str], heads: dic
             seal = _seal_in(found[name])
             values = {part: tensor for part, tensor in found[name].items() if part != SEAL}
             other = _OTHER if str(seal) != seals[name] else None
-            problems[name] = other or seal.settings_problem(schedule) or seal.values_problem(values)
+            problems[name] = other or seal.settings_problem(schedule_of(name)) or seal.values_problem(values)
         except SliceFineError as error:
             problems[name] = str(error)
     given, held = heads or {}, head_digests(tensors)

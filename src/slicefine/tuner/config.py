@@ -10,7 +10,7 @@ from typing import Any
 from peft.config import PeftConfig
 
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
-from slicefine.slicing import Schedule
+from slicefine.slicing import COUPLED, Layout, Schedule
 from slicefine.tuner import artifact
 from slicefine.tuner.seal import Seal
 
@@ -44,7 +44,9 @@ class SliceFineConfig(PeftConfig):
 
     Args:
         r: Rank: rows or columns in a slice.
-        axis: `"row"` (output features), `"column"` (input features) or `"alternate"` (row, column, row, ...).
+        axis: `"row"` (output features), `"column"` (input features), `"alternate"` (row, column, row, ...), or `"coupled"`: the same hidden
+            features on both sides, rows of the weights that write them and columns of the weight that reads them. Weights without such a
+            partner train rows.
         slide_every: Optimizer steps per position; None = the slice never moves (RoCoFT).
         order: `"sweep"` (adjacent blocks) or `"random"` (all blocks once, in a new seeded order on every pass).
         seed: Seed of the random order.
@@ -57,6 +59,8 @@ class SliceFineConfig(PeftConfig):
         layers_pattern: Name of the list of blocks that `layers_to_transform` counts in, e.g. `"layers"`.
         modules_to_save: Modules to train in full and save with the adapter, e.g. a new classifier head.
         bias: `"none"`, or `"slicefine_only"`: the biases of targeted layers are trained in full.
+        couplings: With `axis="coupled"`, name of a target -> where the hidden features are in it. Found when the adapter is attached, and
+            saved with it; for a model whose inputs its configuration does not tell, `slicefine.couplings(model, config, batch)` gives them.
         init_weights: False adds noise to the first slice. For tests only.
         step: Set by saving: optimizer steps made. For readers; each layer's own are in its seal.
         seals: Set by saving: per target, what the base and the file must be; see `seal.py`.
@@ -64,7 +68,7 @@ class SliceFineConfig(PeftConfig):
     """
 
     r: int = field(default=1, metadata={"help": "Rank: rows or columns in a slice."})
-    axis: str = field(default="alternate", metadata={"help": "row, column or alternate."})
+    axis: str = field(default="alternate", metadata={"help": "row, column, alternate or coupled."})
     slide_every: int | None = field(
         default=500, metadata={"help": "Optimizer steps per position; None = the slice never moves."}
     )
@@ -89,6 +93,9 @@ class SliceFineConfig(PeftConfig):
         default=None, metadata={"help": "Modules to train in full and save with the adapter."}
     )
     bias: str = field(default="none", metadata={"help": "none or slicefine_only."})
+    couplings: dict[str, str] | None = field(
+        default=None, metadata={"help": "With axis=coupled: where the hidden features are; found when None."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "False adds noise to the first slice. For tests only."})
     step: int = field(default=0, metadata={"help": "Set by saving: optimizer steps made."})
     seals: dict[str, str] | None = field(
@@ -130,6 +137,13 @@ class SliceFineConfig(PeftConfig):
                 "`layers_to_transform` works with a list of names; with a regular expression, put the indices into the "
                 f"expression; got target_modules={self.target_modules!r}."
             )
+        if self.couplings is not None and self.axis != COUPLED:
+            problems.append(f"`couplings` are for axis='coupled'; got axis={self.axis!r}. Leave them out.")
+        for target, text in (self.couplings or {}).items():
+            try:
+                Layout.parse(text)
+            except SliceFineError as error:
+                problems.append(f"`couplings`: {target}: {error}")
         if not isinstance(self.step, int) or self.step < 0:
             problems.append(
                 f"`step` counts optimizer steps and is written by saving; got {self.step!r}. Leave it alone."
@@ -143,8 +157,13 @@ class SliceFineConfig(PeftConfig):
 
     @property
     def schedule(self) -> Schedule:
-        """The part of the settings that decides every position."""
+        """The part of the settings that decides every position; of one weight, see `schedule_of`."""
         return Schedule(r=self.r, axis=self.axis, slide_every=self.slide_every, order=self.order, seed=self.seed)
+
+    def schedule_of(self, target: str) -> Schedule:
+        """What decides every position in the weight of `target`."""
+        text = (self.couplings or {}).get(target)
+        return self.schedule.along(None if text is None else Layout.parse(text))
 
     def describe(self, *, step: int, seals: dict[str, str], heads: dict[str, str]) -> None:
         """Say what the file holds beside which this configuration is saved next; said in that one file alone."""
@@ -180,5 +199,5 @@ class SliceFineConfig(PeftConfig):
         if config.seals is not None:  # else it is a configuration alone
             download, _, _ = cls._split_kwargs(kwargs)
             file = artifact.locate(pretrained_model_name_or_path, subfolder, **download)
-            artifact.check_file(file, config.schedule, config.seals, config.heads)
+            artifact.check_file(file, config.schedule_of, config.seals, config.heads)
         return config

@@ -149,7 +149,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         self.slicefine_weight.place(adapter, torch.zeros(size, dtype=dtype, device=weight.device))
         active = schedule.slice_at(0, self.shape)
         state = self.slicefine_state[adapter] = AdapterState(schedule, active)
-        index = torch.zeros(active.width, dtype=torch.int64, device=weight.device)
+        index = torch.zeros(active.count, dtype=torch.int64, device=weight.device)
         self.slicefine_index[adapter] = index
         if train_bias and self.place.bias is not None:
             self.slicefine_bias.place(adapter, self.place.bias.detach().to(dtype, copy=True))
@@ -430,10 +430,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         """
         pairs = []
         if stepped is None or id(self.slicefine_weight[adapter]) in stepped:
-            active = self.slicefine_state[adapter].active
-            pairs.append(
-                (vectors(self.matrix.detach(), active.axis)[active.start : active.stop], self._in_use(adapter))
-            )
+            pairs += self._copies(adapter)
         bias, held = self.slicefine_bias.get(adapter), self.place.bias
         if bias is not None and held is not None and (stepped is None or id(bias) in stepped):
             pairs.append((held.detach(), bias.detach()))
@@ -460,11 +457,12 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         self._point_at(adapter, piece)
         with torch.no_grad():
             self.slicefine_weight[adapter].zero_()
-            self._in_use(adapter).copy_(vectors(self.matrix, piece.axis)[piece.start : piece.stop])
+            for present, held in self._copies(adapter):
+                held.copy_(present)
 
     def _point_at(self, adapter: str, piece: Slice) -> None:
         self.slicefine_state[adapter].active = piece
-        index, buffer = torch.arange(piece.start, piece.stop), self.slicefine_index[adapter]
+        index, buffer = torch.tensor(piece.indices, dtype=torch.int64), self.slicefine_index[adapter]
         if buffer.shape == index.shape:
             buffer.copy_(index)
         else:  # `alternate` on a weight narrower than `r` along one axis
@@ -478,7 +476,17 @@ class SliceLayer(nn.Module, BaseTunerLayer):
     def _in_use(self, adapter: str) -> Tensor:
         """The part of the master that holds the active slice, `(width, length)`. A view."""
         active = self.slicefine_state[adapter].active
-        return self.slicefine_weight[adapter].detach()[: active.width, : self.shape[1 - active.dim]]
+        return self.slicefine_weight[adapter].detach()[: active.count, : self.shape[1 - active.dim]]
+
+    def _copies(self, adapter: str) -> list[tuple[Tensor, Tensor]]:
+        """The active slice in the weight and in the master, in pieces that lie side by side in both. Views."""
+        active = self.slicefine_state[adapter].active
+        weight, master = vectors(self.matrix.detach(), active.axis), self._in_use(adapter)
+        pairs, at = [], 0
+        for first, count in active.runs:
+            pairs.append((weight[first : first + count], master[at : at + count]))
+            at += count
+        return pairs
 
     # ------------------------------------------------------------------ reading
 

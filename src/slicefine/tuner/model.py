@@ -16,8 +16,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _ge
 from torch import Tensor, nn
 
 from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, by_text, listed, raise_all
-from slicefine.slicing import ALTERNATE, SLICE_AXES, Region
-from slicefine.tuner import artifact, targets
+from slicefine.slicing import ALTERNATE, COUPLED, SLICE_AXES, Region
+from slicefine.tuner import artifact, coupling, targets
 from slicefine.tuner.arrival import Arrival
 from slicefine.tuner.base_layers import BASE_LAYERS, LINEAR_LAYERS, Place, present_values, same_values
 from slicefine.tuner.config import SliceFineConfig
@@ -56,6 +56,10 @@ class SliceFineModel(BaseTuner):
         assert isinstance(config, SliceFineConfig)
         found = targets.find_targets(model, config)
         problems = targets.find_problems(model, config, found) + _name_problems(model, adapter_name)
+        if not problems and config.axis == COUPLED:
+            if config.couplings is None:
+                config.couplings = coupling.find_couplings(model, found)
+            problems = coupling.problems(config, found)
         if not problems and config.seals is not None:
             problems = _base_problems(found, config)
         of = (
@@ -99,7 +103,7 @@ class SliceFineModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.add(
             adapter_name,
-            peft_config.schedule,
+            peft_config.schedule_of(current_key),
             train_bias=peft_config.bias != "none",
             perturb=not peft_config.init_weights,
         )
@@ -367,8 +371,9 @@ def _base_problems(found: dict[str, Place], config: SliceFineConfig) -> list[str
         else:
             shape, original = place.shape, functools.partial(present_values, place.matrix)
         seal = Seal.parse(config.seals[name])
-        region = Region.of(config.schedule.touched(seal.step, shape))
-        if problem := seal.settings_problem(config.schedule) or seal.base_problem(region, original):
+        schedule = config.schedule_of(name)
+        region = Region.of(schedule.touched(seal.step, shape))
+        if problem := seal.settings_problem(schedule) or seal.base_problem(region, original):
             problems[name] = problem
     return by_text(problems)
 
@@ -388,6 +393,13 @@ def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> No
             f"The head {heads[0]!r} is sliced like any other layer. If it is new, its random values are in no file and the adapter will "
             f"fit no other copy of the model: train it in full with modules_to_save={heads!r}, or say what the model is for with "
             "task_type='SEQ_CLS'.",
+            SliceFineWarning,
+            stacklevel=2,
+        )
+    lonely = coupling.uncoupled(list(found), config)
+    if lonely and config.seals is None:
+        warnings.warn(
+            f"axis='coupled': {len(lonely)} of {len(found)} weights have no partner among the others, and train rows: {listed(lonely, SHOWN)}.",
             SliceFineWarning,
             stacklevel=2,
         )

@@ -13,7 +13,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from slicefine.errors import SliceFineError, by_text, did_you_mean, listed
-from slicefine.slicing import ALTERNATE, COLUMN, ROW
+from slicefine.slicing import ALTERNATE, COLUMN, COUPLED, ROW
 from slicefine.tuner.base_layers import BASE_LAYERS, LINEAR_LAYERS, Place
 from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
 from slicefine.tuner.layer import SliceLayer, layers_around
@@ -189,11 +189,13 @@ def _wants(config: SliceFineConfig, name: str, module: nn.Module) -> bool:
 def clamped(targets: dict[str, Place], config: SliceFineConfig) -> dict[str, Shape]:
     """The targets whose weight is narrower than `r` along an axis in use, with the shape of the weight."""
     shapes = {name: base_place(place).shape for name, place in targets.items()}
+    if config.axis == COUPLED:  # `coupling.py` looks at those with partners, as soon as they are found
+        shapes = {name: shape for name, shape in shapes.items() if name not in (config.couplings or shapes)}
     return {name: shape for name, shape in shapes.items() if _narrowest(config, shape) < config.r}
 
 
 def _narrowest(config: SliceFineConfig, shape: Shape) -> int:
-    return {ROW: shape[0], COLUMN: shape[1], ALTERNATE: min(shape[:2])}[config.axis]
+    return {ROW: shape[0], COLUMN: shape[1], ALTERNATE: min(shape[:2]), COUPLED: shape[0]}[config.axis]
 
 
 def _axis_names(config: SliceFineConfig, shape: Shape) -> str:

@@ -35,10 +35,11 @@ from slicefine.benchmarking.models import CAUSAL_LM, TEXT
 from slicefine.benchmarking.random_mask import train_at_random
 from slicefine.benchmarking.split_weight import SplitLinear
 from slicefine.errors import SliceFineError, listed
-from slicefine.slicing import COLUMN, ROW
+from slicefine.slicing import COLUMN, COUPLED, ROW, active_size
 from slicefine.tuner import SliceFineConfig, parameter_counts
 from slicefine.tuner.base_layers import Place
 from slicefine.tuner.config import ALL_LINEAR
+from slicefine.tuner.coupling import find_couplings
 from slicefine.tuner.targets import find_targets
 
 PEFT_TASKS = {CAUSAL_LM: "CAUSAL_LM", TEXT: "SEQ_CLS"}
@@ -97,6 +98,9 @@ def adapter_size(method: Method, model: nn.Module, places: Mapping[str, Place], 
     """Parameters that `method` trains in `places` of `model` at its first step, heads left out; from shapes alone."""
     r = method.r or 0
     rows, columns = (sum(place.shape[dim] for place in places.values()) for dim in (0, 1))
+    if method.axis == COUPLED:
+        config = SliceFineConfig(r=r, axis=COUPLED, couplings=find_couplings(model, places))
+        return sum(active_size(config.schedule_of(name), place.shape, 0) for name, place in places.items())
     if method.kind in (SLICEFINE, ROCOFT):
         return r * (rows if method.axis == COLUMN else columns)
     if method.kind == PREFIX:

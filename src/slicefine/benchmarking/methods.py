@@ -7,14 +7,15 @@ import re
 from dataclasses import dataclass
 
 from slicefine.errors import SliceFineError, did_you_mean
-from slicefine.slicing import ALTERNATE, COLUMN, ROW
+from slicefine.slicing import ALTERNATE, COLUMN, COUPLED, ROW
 
 FROZEN, FULL, HEAD_ONLY = "frozen-limit", "full", "head-only"
 SLICEFINE, ROCOFT = "SliceFine", "RoCoFT"
 LORA, ADALORA, VERA, PREFIX, HRA, SHIRA = "LoRA", "AdaLoRA", "VeRA", "prefix", "HRA", "SHiRA"
 RANDOM_MASK = "random-mask"
 SPLIT_ROWS, SPLIT_COLUMNS = "split-rows", "split-columns"
-AXES = {"R": ROW, "C": COLUMN, "RC": ALTERNATE}
+AXES = {"R": ROW, "C": COLUMN, "RC": ALTERNATE, "S": COUPLED}
+"""Letters in a name -> axis. S: the same hidden features on both sides; the others are the paper's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ KINDS = {
         title="the new head alone", settings="in full", source="usual", learning_rates=(1e-2, 3e-2, 1e-1, 3e-1)
     ),
     SLICEFINE: Kind(
-        title="a sliding slice of every weight: rows (R), columns (C), or in turn (RC)",
+        title="a sliding slice of every weight: rows (R), columns (C), in turn (RC), or coupled (S)",
         r=5,
         settings="a move every 500 steps, adjacent positions",
         source="poster: rank 1 or 5, N of about 500 steps",
@@ -138,7 +139,7 @@ class Method:
     kind: str
     r: int | None = None
     axis: str | None = None
-    """`row`, `column` or `alternate` where the method has slices."""
+    """`row`, `column`, `alternate` or `coupled` where the method has slices."""
 
     @property
     def name(self) -> str:
@@ -179,18 +180,20 @@ class Method:
 
 METHODS = (
     FROZEN, FULL, HEAD_ONLY,
-    *(f"{SLICEFINE}-{r}{letters}" for r in (1, 5) for letters in AXES),
+    *(f"{SLICEFINE}-{r}{letters}" for r in (1, 5) for letters in ("R", "C", "RC")),
     f"{ROCOFT}-5R", "LoRA-r8", ADALORA, VERA, PREFIX, HRA, SHIRA, RANDOM_MASK, SPLIT_ROWS, SPLIT_COLUMNS,
 )  # fmt: skip
 """Names of the methods that are compared where nothing else is asked for."""
-PATTERNS = "SliceFine-<r>R, <r>C or <r>RC, RoCoFT-<r>R or <r>C, and any other that has a rank as <name>-r<r>"
+PATTERNS = (
+    "SliceFine-<r>R, <r>C, <r>RC or <r>S (coupled), RoCoFT-<r>R or <r>C, and any other that has a rank as <name>-r<r>"
+)
 
 
 def method(name: str) -> Method:
     """The method called `name`, whatever the case of its letters. Raises `SliceFineError` if there is none."""
     kinds = {kind.lower(): kind for kind in KINDS}
-    sliced = re.fullmatch(r"(slicefine|rocoft)-([1-9]\d*)(r|c|rc)", name.lower())
-    if sliced and (sliced[1], sliced[3]) != ("rocoft", "rc"):
+    sliced = re.fullmatch(r"(slicefine|rocoft)-([1-9]\d*)(r|c|rc|s)", name.lower())
+    if sliced and (sliced[1] == "slicefine" or sliced[3] in ("r", "c")):
         return Method(kind=kinds[sliced[1]], r=int(sliced[2]), axis=AXES[sliced[3].upper()])
     if name.lower() == "rocoft":
         return Method(kind=ROCOFT, r=KINDS[ROCOFT].r, axis=ROW)

@@ -4,6 +4,7 @@ from slicefine.slicing.budget import ParameterCounts, active_size, artifact_size
 from slicefine.slicing.geometry import COLUMN, ROW, SLICE_AXES, Region, Shape, Slice
 from slicefine.slicing.layout import Layout
 from slicefine.slicing.schedule import ALTERNATE, AXES, COUPLED, ORDERS, Schedule
+from slicefine.slicing.window import Window
 
 __all__ = [
     "ALTERNATE",
@@ -19,6 +20,7 @@ __all__ = [
     "Schedule",
     "Shape",
     "Slice",
+    "Window",
     "active_size",
     "artifact_size",
     "touched_size",

@@ -33,6 +33,8 @@ class ParameterCounts:
 
 def active_size(schedule: Schedule, shape: Shape, step: int) -> int:
     """Entries that optimizer step number `step` trains in a weight of `shape`."""
+    if not schedule.active(step):
+        return 0
     return schedule.slice_at(step, shape).size(shape)
 
 

@@ -18,6 +18,7 @@ from functools import lru_cache
 from slicefine.errors import did_you_mean
 from slicefine.slicing.geometry import COLUMN, ROW, Shape, Slice
 from slicefine.slicing.layout import Layout
+from slicefine.slicing.window import Window
 
 ALTERNATE = "alternate"
 COUPLED = "coupled"
@@ -44,6 +45,8 @@ class Schedule:
     """Seed of the random order."""
     layout: Layout | None = None
     """Of a coupled weight: where the features are that move."""
+    window: Window | None = None
+    """Of a weight in a stack of blocks that are trained in turn: when it is."""
 
     def along(self, layout: Layout | None) -> Schedule:
         """The schedule of one weight: itself, or of coupled ones that which trains the rows or columns of `layout`.
@@ -79,12 +82,27 @@ class Schedule:
 
     def moves(self, step: int) -> int:
         """Number of moves made in the first `step` optimizer steps."""
-        return 0 if self.slide_every is None else step // self.slide_every
+        return 0 if self.slide_every is None else self.own(step) // self.slide_every
+
+    def active(self, step: int) -> bool:
+        """Whether optimizer step number `step` (counted from 0) trains the weight."""
+        return self.window is None or self.window.active(step)
+
+    def own(self, step: int) -> int:
+        """How many of the first `step` optimizer steps train the weight."""
+        return step if self.window is None else self.window.own(step)
+
+    def begun(self, step: int) -> bool:
+        """Whether any of the first `step` optimizer steps has trained the slice where it is then."""
+        own = self.own(step)
+        return own > 0 and (self.slide_every is None or own % self.slide_every > 0)
 
     def __str__(self) -> str:
         """What decides positions, as files and messages give it: the seed only where there is a choice for it to make."""
         seed = f" seed={self.seed}" if self.order == "random" else ""
+        # In few characters: a seal has no room for more.
         layout = f"@{self.layout.digest}" if self.layout else ""
+        layout += f"#{_digest(self.window)}" if self.window else ""
         return f"r={self.r} axis={self.axis}{layout} slide_every={self.slide_every} order={self.order}{seed}"
 
     def slice_at(self, step: int, shape: Shape) -> Slice:
@@ -93,9 +111,10 @@ class Schedule:
 
     def touched(self, step: int, shape: Shape) -> list[Slice]:
         """The distinct slices that the first `step` optimizer steps train, in the order of their first training."""
-        if step <= 0:
+        own = self.own(max(step, 0))
+        if not own:
             return []
-        placements = self.moves(step - 1) + 1
+        placements = 1 if self.slide_every is None else (own - 1) // self.slide_every + 1
         full_coverage = len(self._cycle()) * max(self._blocks(axis, shape) for axis in self._cycle())
         return list(dict.fromkeys(self._placement(k, shape) for k in range(min(placements, full_coverage))))
 
@@ -140,6 +159,10 @@ def _shuffled(seed: int, dimension: int, width: int, turn: int) -> tuple[int, ..
     return tuple(
         sorted(blocks, key=lambda b: hashlib.sha256(f"{seed}/{dimension}/{width}/{turn}/{b}".encode()).digest())
     )
+
+
+def _digest(window: Window) -> str:
+    return hashlib.sha256(f"{window.lowest} {window.every} {window.block}".encode()).hexdigest()[:8]
 
 
 def _is_int(value: object) -> bool:

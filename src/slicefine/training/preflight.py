@@ -70,7 +70,7 @@ def _batch_problems(trainer: CheckedTrainer, batch: dict[str, Tensor]) -> list[s
 
 
 def _step_problems(trainer: CheckedTrainer, batch: dict[str, Tensor]) -> list[str]:
-    layers = tuned_layers(trainer.model)
+    layers = {name: layer for name, layer in tuned_layers(trainer.model).items() if not layer.state.resting}
     if trainer.args.activation_checkpointing:  # as Trainer does when training begins
         trainer.model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
     with _calls(trainer.model, layers) as called:

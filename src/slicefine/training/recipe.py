@@ -104,6 +104,10 @@ class SliceSettings:
     """sweep (adjacent positions) or random (all positions once, then again in a new order)"""
     seed: int = 0
     """Seed of the random order"""
+    depth_window: list[int] | None = None
+    """Indices of blocks, each in turn the lowest one that is trained, e.g. [0, 2, 4]; null = all are"""
+    depth_every: int = 25
+    """Optimizer steps of each turn of depth_window"""
     target_modules: str | list[str] = "all-linear"
     """Names or suffixes of layers, a regular expression, or all-linear"""
     target_parameters: list[str] | None = None

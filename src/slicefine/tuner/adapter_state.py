@@ -20,7 +20,9 @@ class AdapterState:
     active: Slice
     """The slice that the next optimizer step trains."""
     step: int = 0
-    """Optimizer steps that have trained this layer's slices."""
+    """Optimizer steps of the adapter; the schedule says which of them have trained this layer."""
+    resting: bool = False
+    """Whether the next optimizer step leaves this layer alone."""
     originals: Originals = field(default_factory=Originals)
     """The other version of the covered rows and columns."""
     start: int = 0

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
 
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
-from slicefine.slicing import COUPLED, Layout, Schedule
+from slicefine.slicing import COUPLED, Layout, Schedule, Window
 from slicefine.tuner import artifact
 from slicefine.tuner.seal import Seal
 
@@ -61,6 +61,10 @@ class SliceFineConfig(PeftConfig):
         bias: `"none"`, or `"slicefine_only"`: the biases of targeted layers are trained in full.
         couplings: With `axis="coupled"`, name of a target -> where the hidden features are in it. Found when the adapter is attached, and
             saved with it; for a model whose inputs its configuration does not tell, `slicefine.couplings(model, config, batch)` gives them.
+        depth_window: Indices of blocks: each in turn is the lowest one that is trained. Below it nothing is trained and backpropagation
+            ends, which saves time and memory. With `[0, 2, 4]` all blocks are trained for a third of the run.
+        depth_every: Optimizer steps of each turn.
+        depth_stack: Name of the list of blocks, found when the adapter is attached, and saved with it.
         init_weights: False adds noise to the first slice. For tests only.
         step: Set by saving: optimizer steps made. For readers; each layer's own are in its seal.
         seals: Set by saving: per target, what the base and the file must be; see `seal.py`.
@@ -95,6 +99,14 @@ class SliceFineConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "none or slicefine_only."})
     couplings: dict[str, str] | None = field(
         default=None, metadata={"help": "With axis=coupled: where the hidden features are; found when None."}
+    )
+    depth_window: list[int] | None = field(
+        default=None,
+        metadata={"help": "Indices of blocks, each in turn the lowest one that is trained; None = all are."},
+    )
+    depth_every: int = field(default=25, metadata={"help": "Optimizer steps of each turn of depth_window."})
+    depth_stack: str | None = field(
+        default=None, metadata={"help": "With depth_window: name of the list of blocks; found when None."}
     )
     init_weights: bool = field(default=True, metadata={"help": "False adds noise to the first slice. For tests only."})
     step: int = field(default=0, metadata={"help": "Set by saving: optimizer steps made."})
@@ -144,6 +156,7 @@ class SliceFineConfig(PeftConfig):
                 Layout.parse(text)
             except SliceFineError as error:
                 problems.append(f"`couplings`: {target}: {error}")
+        problems += self._window_problems()
         if not isinstance(self.step, int) or self.step < 0:
             problems.append(
                 f"`step` counts optimizer steps and is written by saving; got {self.step!r}. Leave it alone."
@@ -163,7 +176,24 @@ class SliceFineConfig(PeftConfig):
     def schedule_of(self, target: str) -> Schedule:
         """What decides every position in the weight of `target`."""
         text = (self.couplings or {}).get(target)
-        return self.schedule.along(None if text is None else Layout.parse(text))
+        schedule = self.schedule.along(None if text is None else Layout.parse(text))
+        block = block_of(target, self.depth_stack) if self.depth_window else None
+        if block is None:
+            return schedule
+        return replace(schedule, window=Window(tuple(self.depth_window or ()), self.depth_every, block))
+
+    def _window_problems(self) -> list[str]:
+        found = []
+        window = self.depth_window
+        if window is not None and not (isinstance(window, list | tuple) and window and all(map(_is_index, window))):
+            found.append(
+                f"`depth_window` is a list of indices of blocks, from 0 on, such as [0, 2, 4]; got {window!r}."
+            )
+        if not _is_index(self.depth_every) or self.depth_every < 1:
+            found.append(f"`depth_every` is a number of optimizer steps, at least 1; got {self.depth_every!r}.")
+        if self.depth_stack is not None and window is None:
+            found.append(f"`depth_stack` is for `depth_window`, which is None; got {self.depth_stack!r}. Leave it out.")
+        return found
 
     def describe(self, *, step: int, seals: dict[str, str], heads: dict[str, str]) -> None:
         """Say what the file holds beside which this configuration is saved next; said in that one file alone."""
@@ -201,3 +231,15 @@ class SliceFineConfig(PeftConfig):
             file = artifact.locate(pretrained_model_name_or_path, subfolder, **download)
             artifact.check_file(file, config.schedule_of, config.seals, config.heads)
         return config
+
+
+def block_of(target: str, stack: str | None) -> int | None:
+    """Index of the block of the list `stack` that `target` is in; None if it is in none."""
+    if stack is None or not target.startswith(f"{stack}."):
+        return None
+    index = target.removeprefix(f"{stack}.").partition(".")[0]
+    return int(index) if index.isdecimal() else None
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -65,6 +65,16 @@ def start_of(layer: SliceLayer, adapter: str) -> int:
     return (int.from_bytes(start[:8]) >> 2) + state.step
 
 
+def refuse_unready_ranks(name: str) -> None:
+    """Raise if DistributedDataParallel would wait for the gradient of a layer that rests."""
+    ddp: Any = getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is not None and not ddp.find_unused_parameters:
+        raise SliceFineError(
+            f"{name}: it rests below the depth window, and DistributedDataParallel waits for the gradient of every parameter. Build it with "
+            "find_unused_parameters=True (`ddp_find_unused_parameters=True` in TrainingArguments), or leave out `depth_window`."
+        )
+
+
 def _check_ranks(layer: SliceLayer, adapter: str) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return

@@ -241,7 +241,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
                 self.slicefine_bias[adapter].copy_(bias)
                 self.place.bias.copy_(bias)
         self._occupy(adapter, state.schedule.slice_at(step, self.shape))
-        if step and state.schedule.moves(step) == state.schedule.moves(step - 1):
+        if state.schedule.begun(step):
             with torch.no_grad():
                 self.slicefine_weight[adapter].copy_(master)
             self._write(adapter)
@@ -366,6 +366,9 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             self.check_written()
         if self.merged_adapters or not torch.is_grad_enabled():
             return False
+        if self.state.resting:
+            guards.refuse_unready_ranks(self.name)
+            return False
         bias_master = modules["slicefine_bias"]._parameters.get(adapter)
         return master.requires_grad or (bias_master is not None and bias_master.requires_grad)
 
@@ -446,6 +449,13 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         master = self.slicefine_weight[adapter]
         self.followed = None if master.is_inference() else master._version
 
+    def count(self, adapter: str) -> bool:
+        """An optimizer step was made; returns whether the slice has to move."""
+        state = self.slicefine_state[adapter]
+        state.step += 1
+        state.resting = not state.schedule.active(state.step)
+        return state.schedule.moves(state.step) != state.schedule.moves(state.step - 1)
+
     def slide(self, adapter: str) -> None:
         """Freeze the active slice with what it has learned and go to where the schedule wants to be."""
         state = self.slicefine_state[adapter]
@@ -469,6 +479,8 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             self.slicefine_index[adapter] = index.to(buffer.device)
 
     def _declare(self, adapter: str) -> None:
+        state = self.slicefine_state[adapter]
+        state.resting = not state.schedule.active(state.step)
         start = self.slicefine_state[adapter].start = guards.start_of(self, adapter)
         with torch.inference_mode(False):
             self.slicefine_start[adapter] = torch.tensor([start], device=self.matrix.device)

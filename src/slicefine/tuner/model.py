@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, by_text, listed, raise_all
 from slicefine.slicing import ALTERNATE, COUPLED, SLICE_AXES, Region
-from slicefine.tuner import artifact, coupling, targets
+from slicefine.tuner import artifact, coupling, depth, targets
 from slicefine.tuner.arrival import Arrival
 from slicefine.tuner.base_layers import BASE_LAYERS, LINEAR_LAYERS, Place, present_values, same_values
 from slicefine.tuner.config import SliceFineConfig
@@ -60,6 +60,10 @@ class SliceFineModel(BaseTuner):
             if config.couplings is None:
                 config.couplings = coupling.find_couplings(model, found)
             problems = coupling.problems(config, found)
+        if not problems and config.depth_window is not None:
+            if config.depth_stack is None:
+                config.depth_stack, problems = depth.find_stack(model, found)
+            problems = problems or depth.problems(model, config, found)
         if not problems and config.seals is not None:
             problems = _base_problems(found, config)
         of = (

@@ -48,7 +48,21 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer not in _checked:
             _check(optimizer)
             _checked.add(optimizer)
+        _let_rest(optimizer)
     running.append((optimizer, sys._getframe(1)))
+
+
+def _let_rest(optimizer: Optimizer) -> None:
+    """Take zeros for gradients from what rests: an optimizer with moments would move it all the same."""
+    with _lock:
+        resting = [(layer, a) for layer in _layers for a, state in layer.slicefine_state.items() if state.resting]
+    if not resting:
+        return
+    held = _held([optimizer])
+    for layer, adapter in resting:
+        for master in (layer.slicefine_weight[adapter], layer.slicefine_bias.get(adapter)):
+            if master is not None and id(master) in held:
+                master.grad = None
 
 
 def _check(optimizer: Optimizer) -> None:
@@ -63,7 +77,11 @@ def _check(optimizer: Optimizer) -> None:
     masters = [layer.slicefine_weight[adapter] for layer, adapter in stepped]
     if not masters:
         return
-    mine = [(layer.name, m) for (layer, _), m in zip(stepped, masters, strict=True) if id(m) in held]
+    mine = [
+        (layer.name, m)
+        for (layer, a), m in zip(stepped, masters, strict=True)
+        if id(m) in held and not layer.slicefine_state[a].resting
+    ]
     unreached = [name for name, master in mine if master.requires_grad and master.grad is None]
     reached = any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])
     if unreached and reached:
@@ -154,7 +172,8 @@ def _settle(optimizers: list[Optimizer]) -> None:
     if not stepped:
         return
     _optimizers.update(optimizers)
-    writes = [pair for layer, a in stepped if a == layer.installed for pair in layer.pending_writes(a, held)]
+    trained = [(layer, a) for layer, a in stepped if a == layer.installed and not layer.slicefine_state[a].resting]
+    writes = [pair for layer, a in trained for pair in layer.pending_writes(a, held)]
     if writes:
         torch._foreach_copy_([destination for destination, _ in writes], [source for _, source in writes])
     for layer, adapter in stepped:
@@ -165,9 +184,7 @@ def _settle(optimizers: list[Optimizer]) -> None:
             if id(layer.slicefine_weight[adapter]) not in held:
                 continue
             layer.has_followed(adapter)
-            state = layer.slicefine_state[adapter]
-            state.step += 1
-            if state.schedule.moves(state.step) != state.schedule.moves(state.step - 1):
+            if layer.count(adapter):
                 layer.slide(adapter)
                 for optimizer in _optimizers:
                     reset_moments(optimizer, [layer.slicefine_weight[adapter]])

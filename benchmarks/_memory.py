@@ -6,7 +6,6 @@ cost no more than one. All of it works on the meta device, where a tensor has a 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -42,17 +41,6 @@ def alive() -> Storages:
     """Storages of every tensor that Python holds anywhere: on modules, in closures, globals, autograd contexts."""
     gc.collect()
     return storages(thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library keep memory that is freed, instead of returning it to the system; False if it is not glibc.
-
-    glibc returns large blocks depending on what else is on its heap, and getting them back costs a page fault for every
-    4 KiB: with several models in one process, one of them pays for what its neighbour left behind.
-    """
-    trim_threshold, mmap_max = -1, -4  # names of the options, from malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from _common import Figure, Table, cores, cpu_model, parser, positive, provenance, say, spread, write
-from _memory import keep_freed_memory
 from peft import get_peft_model
 from step_time import FROZEN, NEVER, Ratio, Variant, slicefine_name
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from slicefine import SliceFineConfig
+from slicefine.benchmarking.timing import keep_freed_memory
 
 INTRO = """\
 One training step (forward, backward, AdamW, zero_grad) of two networks with random weights, {blocks} blocks in each of \

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from _common import Figure, Table, cpu_model, parser, positive, provenance, say, spread, write
-from _memory import alive, keep_freed_memory, size
+from _memory import alive, size
 from peft import get_peft_model
 from step_time import Variant, add_model, base_model, batches
 from torch import nn
 
 from slicefine import SliceFineConfig
+from slicefine.benchmarking.timing import keep_freed_memory
 
 INTRO = """\
 The model of the step-time benchmark: hidden {hidden}, intermediate {intermediate}, {layers} layers, vocabulary {vocab}, batch \

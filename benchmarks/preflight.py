@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from _common import Figure, Table, cpu_model, parser, positive, provenance, say, write
-from _memory import keep_freed_memory
 from peft import get_peft_model
 from step_time import Ratio, add_model, base_model, batches
 from transformers import TrainingArguments
 
 from slicefine import SliceFineConfig
+from slicefine.benchmarking.timing import keep_freed_memory
 from slicefine.training.checked import CheckedTrainer, all_finite
 from slicefine.training.preflight import preflight
 

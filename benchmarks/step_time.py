@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from _common import Figure, Table, cores, cpu_model, parser, positive, provenance, say, spread, write
-from _memory import Storages, alive, keep_freed_memory, size, state_of, storages, without
+from _memory import Storages, alive, size, state_of, storages, without
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from slicefine import SliceFineConfig
+from slicefine.benchmarking.timing import keep_freed_memory
 
 INTRO = """\
 One training step (forward, backward, AdamW, zero_grad) of a Llama model with random weights: hidden {hidden}, \

@@ -158,7 +158,7 @@ def _is_slice_of(found: Tensor | None, whole: Tensor | None, layer: SliceLayer) 
     if found is None or whole is None:
         return found is whole
     active = layer.state.active
-    expected = vectors(layer.place.oriented(whole), active.axis)[active.start : active.stop]
+    expected = vectors(layer.place.oriented(whole), active.axis)[[*active.indices]]
     padded = torch.zeros_like(found)
     padded[: expected.shape[0], : expected.shape[1]] = expected
     return torch.allclose(found, padded, rtol=1e-3, atol=1e-6)

@@ -33,7 +33,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from tiny import batch, bert, conv_mlp, differences, electra, gpt2, llama, mlp, opt, tokens, trainable
 from torch import nn
 
-from slicefine import SliceFineConfig, SliceFineError, active_slices, parameter_counts, touched_slices
+from slicefine import SliceFineConfig, SliceFineError, active_slices, couplings, parameter_counts, touched_slices
 from slicefine.tuner.layer import SliceLayer
 
 
@@ -48,7 +48,10 @@ class Architecture:
     """A module that can be trained in full; none where it is tied to the embedding."""
 
     def config(self, **settings):
-        return SliceFineConfig(**{"r": 2, "slide_every": 2, **self.settings, **settings})
+        config = SliceFineConfig(**{"r": 2, "slide_every": 2, **self.settings, **settings})
+        if config.axis == "coupled" and config.couplings is None:
+            config.couplings = couplings(self.base(), config, self.inputs)
+        return config
 
     def adapted(self, **settings):
         return get_peft_model(self.base(), self.config(**settings))
@@ -101,7 +104,8 @@ ARCHITECTURES = {
 LANGUAGE_MODELS = ("llama", "gpt2", "opt")
 TRANSFORMERS = (*LANGUAGE_MODELS, "bert", "electra")
 
-each_axis = pytest.mark.parametrize("axis", ["row", "column", "alternate"])
+coupled = pytest.param("coupled", marks=pytest.mark.filterwarnings("ignore:axis='coupled'.* have no partner"))
+each_axis = pytest.mark.parametrize("axis", ["row", "column", "alternate", coupled])
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -182,7 +186,7 @@ def test_only_the_slices_are_trained(arch, axis):
             )
             assert weight.any(), name
             for piece in touched[target]:
-                weight.narrow(piece.dim, piece.start, piece.width).fill_(False)
+                weight.index_fill_(piece.dim, torch.tensor(piece.indices), False)
         assert not changed.any(), name
 
 
@@ -193,7 +197,8 @@ def test_counts(arch, axis, capsys):
     shown, everything = model.get_nb_trainable_parameters()
     masters = sum(parameter.numel() for name, parameter in model.named_parameters() if "slicefine_" in name)
     widest = sum(
-        2 * {"row": l.in_features, "column": l.out_features, "alternate": max(l.shape)}[axis]
+        l.state.active.count
+        * {"row": l.in_features, "column": l.out_features, "alternate": max(l.shape)}[l.state.schedule.axis]
         for l in layers(model).values()
     )
     assert masters == widest, "a master is as long as the longest slice of its axis"

@@ -24,6 +24,8 @@ ALTERNATE = "alternate"
 COUPLED = "coupled"
 AXES = (ROW, COLUMN, ALTERNATE)
 ORDERS = ("sweep", "random")
+MOST_CHARACTERS = 72
+"""Of the text of a schedule: a seal has no room for more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,10 +102,13 @@ class Schedule:
     def __str__(self) -> str:
         """What decides positions, as files and messages give it: the seed only where there is a choice for it to make."""
         seed = f" seed={self.seed}" if self.order == "random" else ""
-        # In few characters: a seal has no room for more.
         layout = f"@{self.layout.digest}" if self.layout else ""
         layout += f"#{_digest(self.window)}" if self.window else ""
-        return f"r={self.r} axis={self.axis}{layout} slide_every={self.slide_every} order={self.order}{seed}"
+        text = f"r={self.r} axis={self.axis}{layout} slide_every={self.slide_every} order={self.order}{seed}"
+        if len(text) <= MOST_CHARACTERS:
+            return text
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{text[: MOST_CHARACTERS - 17]}~{digest}"
 
     def slice_at(self, step: int, shape: Shape) -> Slice:
         """The slice that optimizer step number `step` (counted from 0) trains in a weight of `shape`."""

@@ -80,7 +80,7 @@ def factors(source: Source, base: BaseFiles | LoadedBase) -> Factors:
         source.trained.patch(values, weight)
         change = weight.float() - original.float()
         if bool(change.any()):
-            found[name] = factorise(change, source.trained.region(values, weight))
+            found[name] = factorise(change, values.region)
     if not found:
         raise SliceFineError(
             f"A LoRA adapter holds what training changed; the adapter in {source.trained.folder} has changed nothing in any layer."

@@ -45,7 +45,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from slicefine.errors import SliceFineError, raise_all
 from slicefine.kernel import vectors
-from slicefine.slicing import SLICE_AXES, Region
+from slicefine.slicing import SLICE_AXES
 from slicefine.tuner import SliceFineConfig, artifact
 from slicefine.tuner.base_layers import Place, present_values
 from slicefine.tuner.seal import Seal
@@ -141,15 +141,10 @@ class Trained:
         parts = {key: self.tensors.read(key) for key in own if artifact.is_ours(key)}
         return artifact.parse(parts, {name: target})[name]
 
-    def region(self, values: artifact.LayerValues, weight: Tensor) -> Region:
-        """The rows and columns of `weight` `(d_out, d_in, *kernel)` that `values` replaces."""
-        return Region.of(self.config.schedule.touched(values.seal.step, tuple(weight.shape)))
-
     def patch(self, values: artifact.LayerValues, weight: Tensor) -> None:
         """Put what was trained into `weight` `(d_out, d_in, *kernel)`."""
-        region = self.region(values, weight)
         for axis in SLICE_AXES:
-            index = torch.tensor(region.along(axis), dtype=torch.int64)
+            index = torch.tensor(values.region.along(axis), dtype=torch.int64)
             vectors(weight, axis).index_copy_(0, index, values.values[axis].to(weight.dtype))
 
 

@@ -45,6 +45,8 @@ class LayerValues:
     """The saved state of one layer; shapes and dtypes as in the module's table."""
 
     seal: Seal
+    region: Region
+    """Of the weight, what `values` replace."""
     master: Tensor
     values: dict[str, Tensor]
     bias: Tensor | None
@@ -211,6 +213,7 @@ def _parse_layer(parts: dict[str, Tensor], target: Target) -> LayerValues:
         raise SliceFineError(problem)
     return LayerValues(
         seal=seal,
+        region=region,
         master=parts[f"{PREFIX}weight"],
         values={axis: parts[PREFIX + axis] for axis in SLICE_AXES},
         bias=parts.get(f"{PREFIX}bias"),

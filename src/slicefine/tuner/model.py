@@ -59,7 +59,7 @@ class SliceFineModel(BaseTuner):
         if not problems and config.axis == COUPLED:
             if config.couplings is None:
                 config.couplings = coupling.find_couplings(model, found)
-            problems = coupling.problems(config, found)
+            problems = coupling.problems(config, found) + targets.narrow_problems(model, config, found)
         if not problems and config.depth_window is not None:
             if config.depth_stack is None:
                 config.depth_stack, problems = depth.find_stack(model, found)

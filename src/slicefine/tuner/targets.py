@@ -126,17 +126,23 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
         else:
             sound[name] = place
     problems += _parameter_problems(model, config, targets)
-    if not names_all_linear(config) and config.seals is None:
-        problems += by_text(
-            {
-                weight_name(name, sound[name])
-                if name in parameters
-                else name: f"r={config.r} is more than the {_narrowest(config, shape)} {_axis_names(config, shape)} of its weight of shape {shape}. "
-                "Lower `r`, or leave the layer out."
-                for name, shape in clamped(sound, config).items()
-            }
-        )
-    return problems
+    return problems + narrow_problems(model, config, sound)
+
+
+def narrow_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, Place]) -> list[str]:
+    """What is narrower than `r` though it was asked for by name."""
+    if names_all_linear(config) or config.seals is not None:
+        return []
+    parameters = {key for name, of in find_parameters(model, config).items() for key in layer_names(name, of)}
+    return by_text(
+        {
+            weight_name(name, targets[name])
+            if name in parameters
+            else name: f"r={config.r} is more than the {_narrowest(config, shape)} {_axis_names(config, shape)} of its weight of shape {shape}. "
+            "Lower `r`, or leave the layer out."
+            for name, shape in clamped(targets, config).items()
+        }
+    )
 
 
 def _parameter_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, Place]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class Outcome:
     active: int
     """Parameters trained at a step, heads left out."""
     touched: int
-    """Parameters trained by the end, heads left out."""
+    """Parameters trained by the end of such a run, heads left out."""
     head: int
     added: int
     total: int
@@ -81,8 +82,7 @@ class Cells:
 
     def path(self, cell: Cell, settings: Mapping[str, Any]) -> Path:
         """Where the run `cell` is kept; `settings` are all that decides it beside the cell itself, as JSON values."""
-        text = json.dumps([dataclasses.asdict(cell), settings], sort_keys=True, default=str)
-        return self.folder / f"{cell.task}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        return self.folder / file_of(cell.task, [dataclasses.asdict(cell), settings])
 
     def read(self, cell: Cell, settings: Mapping[str, Any]) -> Outcome | None:
         """What the run gave; None if it was not made. Raises `SliceFineError` if its file is of another version or is damaged."""
@@ -113,3 +113,10 @@ class Cells:
             "outcome": dataclasses.asdict(outcome),
         }
         write_atomically(self.path(cell, settings), json.dumps(content, default=str) + "\n")
+
+
+def file_of(task: str, decisive: Any) -> str:
+    """Name of a file for what `decisive`, JSON values, stands for; the name of the task begins it, as far as file systems take it."""
+    text = json.dumps(decisive, sort_keys=True, default=str)
+    plain = re.sub(r"[^\w.-]+", "-", task)
+    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"

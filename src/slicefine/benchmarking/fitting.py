@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import json
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,15 +17,17 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slicefine.benchmarking.ablations import CarriedMoments, Rewarm, slices_of
 from slicefine.benchmarking.attaching import Attached, attach
 from slicefine.benchmarking.cells import Outcome
 from slicefine.benchmarking.suite import QualityTask
+from slicefine.benchmarking.timing import release
 from slicefine.benchmarking.variants import CARRIED, Variant
 from slicefine.training.checked import CheckedTrainer, NotFiniteError
-from slicefine.training.recipe import Recipe
+from slicefine.training.metrics import Scores
+from slicefine.training.recipe import DataSettings, Recipe
 from slicefine.training.record import commit, hardware, now, versions
 from slicefine.training.tasks import Prepared, get_task
 from slicefine.training.trainer import make_arguments, make_trainer
@@ -51,9 +53,9 @@ class Job:
 
 
 def fit(job: Job) -> Outcome:
-    """Train and judge. A loss or a gradient that is not finite is an outcome; all else that goes wrong is raised."""
+    """Train and judge. A loss, a gradient or an output that is not finite is an outcome; all else that goes wrong is raised."""
     transformers.utils.logging.set_verbosity_error()
-    gc.collect()
+    release()  # what the last run of this process has left: its memory is none of this one's
     prepared = prepare(job.task.recipe, job.seed)
     attached = attach_to(prepared, job)
     transformers.set_seed(
@@ -68,12 +70,12 @@ def fit(job: Job) -> Outcome:
         diverged = None
         try:
             trainer.train()
+            judged = _judge(trainer, job, prepared) if job.final else _last(_curve(trainer))
+            if not math.isfinite(judged["loss"]):
+                raise NotFiniteError(f"The loss of the examples that {'judge' if job.final else 'choose'} is {judged['loss']}.")
         except NotFiniteError as error:
-            diverged = str(error)
-        curve = [_named(entry) for entry in trainer.state.log_history if "eval_loss" in entry]
-        judged: dict[str, Any] = {"loss": None, "scores": {}}
-        if diverged is None:
-            judged = _judge(trainer, job, prepared) if job.final else _last(curve)
+            diverged = str(error).partition(". ")[0].rstrip(".")  # without what to do about it in a run of one's own
+            judged = {"loss": None, "scores": {}}
     counts = attached.counts
     return Outcome(
         active=counts.active,
@@ -82,7 +84,7 @@ def fit(job: Job) -> Outcome:
         added=counts.added,
         total=counts.total,
         steps=trainer.state.global_step,
-        curve=curve,
+        curve=_curve(trainer),
         seconds=round(clock.seconds, 3),
         peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         reserved_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
@@ -94,17 +96,36 @@ def fit(job: Job) -> Outcome:
 
 
 def prepare(recipe: Recipe, seed: int) -> Prepared:
-    """Model and examples; a new head is drawn with `seed`. Texts to choose by are in the order of their lengths: less padding."""
+    """Model and examples; a new head is drawn with `seed`. Texts to judge by are in the order of their lengths: less padding."""
     transformers.set_seed(seed)
-    prepared = get_task(recipe.task).prepare(recipe, _examples(recipe))
-    if recipe.task != TEXT:
-        return prepared
-    return dataclasses.replace(prepared, validation=_by_length(prepared.validation))
+    examples = _examples(recipe.task, json.dumps(dataclasses.asdict(recipe.data)))
+    prepared = get_task(recipe.task).prepare(recipe, examples)
+    if recipe.training.activation_checkpointing:  # now: there are methods that cannot be attached to such a model
+        prepared.model.activation_checkpointing_enable()
+    validation = _by_length(prepared.validation) if recipe.task == TEXT else prepared.validation
+    return dataclasses.replace(prepared, validation=validation, compute_metrics=_of_finite(prepared.compute_metrics))
 
 
 @functools.lru_cache(maxsize=16)
-def _examples(recipe: Recipe) -> Any:
-    return get_task(recipe.task).read(recipe.data)
+def _examples(task: str, data: str) -> Any:
+    return get_task(task).read(DataSettings(**json.loads(data)))
+
+
+def _of_finite(scores: Scores | None) -> Scores | None:
+    """`scores`, which may refuse outputs that are not finite, or make something of them."""
+    if scores is None:
+        return None
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        if not np.isfinite(_outputs(prediction.predictions)).all():
+            raise NotFiniteError("The outputs of the model are not finite.")
+        return scores(prediction)
+
+    return compute
+
+
+def _outputs(predictions: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
 def _by_length(examples: Any) -> Any:
@@ -161,7 +182,8 @@ def _of_ablation(job: Job, model: nn.Module) -> list[TrainerCallback]:
     if job.variant.moments == CARRIED:
         made.append(CarriedMoments(slices_of(model)))
     if job.variant.rewarm:
-        made.append(Rewarm(slices_of(model), steps=job.variant.rewarm, slide_every=every))
+        steps = job.variant.rewarmed(job.steps, job.final_steps)
+        made.append(Rewarm(slices_of(model), steps=steps, slide_every=every))
     return made
 
 
@@ -195,13 +217,19 @@ def _judge(trainer: CheckedTrainer, job: Job, prepared: Prepared) -> dict[str, A
     test = prepare(job.task.judging, job.seed).validation
     if prepared.compute_metrics is None:
         return _last([_named(trainer.evaluate(cast(Any, test)) | {"step": job.steps})])
+    # One order for all seeds: with this setting Trainer shuffles what it evaluates, too. Predictions are compared one by one.
+    trainer.args.train_sampling_strategy = "random"
     found = trainer.predict(cast(Any, test))
-    outputs = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
+    outputs = _outputs(found.predictions)
     predicted = np.argmax(outputs, axis=-1) if outputs.shape[-1] > 1 else outputs[:, 0]
     metrics = {f"eval_{key.removeprefix('test_')}": value for key, value in (found.metrics or {}).items()}
     labels = np.asarray(found.label_ids)
     judged = _last([_named(metrics | {"step": job.steps})])
     return judged | {"predicted": predicted.tolist(), "labels": labels.tolist()}
+
+
+def _curve(trainer: CheckedTrainer) -> list[dict[str, float]]:
+    return [_named(entry) for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from slicefine.benchmarking import quality_timing
 from slicefine.benchmarking.attaching import adapter_size, equal_in_size, find_places
@@ -19,12 +18,14 @@ from slicefine.benchmarking.cells import Cell, Cells, Outcome
 from slicefine.benchmarking.fitting import Job, fit, prepare
 from slicefine.benchmarking.methods import Method, method
 from slicefine.benchmarking.processes import in_processes
+from slicefine.benchmarking.quality_progress import Progress
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.suite import QualityTask, load_suite
 from slicefine.benchmarking.timing import Measured, reason
 from slicefine.benchmarking.variants import Variant
+from slicefine.errors import SliceFineError, raise_all
 from slicefine.training.record import versions
-from slicefine.training.tasks import get_task
+from slicefine.training.tasks import Prepared, get_task
 
 
 @dataclass(kw_only=True)
@@ -67,6 +68,7 @@ def compare(settings: QualitySettings, changed: Listener) -> Comparison:
     tasks = load_suite(settings.suite, settings.overrides, held_out=settings.held_out)
     found = _Plan(settings, tasks).comparison()
     runs = _Runs(settings, found, changed)
+    runs.refuse_unreadable()
     try:
         if settings.rounds:
             _time(settings, found)
@@ -77,36 +79,51 @@ def compare(settings: QualitySettings, changed: Listener) -> Comparison:
     except KeyboardInterrupt:
         found.interrupted = True
     finally:
-        runs.bar.close()
+        runs.progress.close()
     changed(found)
     return found
 
 
 class _Plan:
-    """What is read before the first run: examples, and the sizes of methods that are to be equal."""
+    """What is read before the first run: examples, models, and the sizes of methods that are to be equal."""
 
     def __init__(self, settings: QualitySettings, tasks: list[QualityTask]) -> None:
         self._settings, self._tasks = settings, tasks
 
     def comparison(self) -> Comparison:
-        sources, variants = {}, {}
+        sources, variants, problems = {}, {}, []
         for task in self._tasks:
-            module = get_task(task.recipe.task)
-            read, judging = module.read(task.recipe.data), module.read(task.judging.data)
-            sources[task.name] = {"choose": read.summary(), "judge": judging.summary()}
-            variants[task.name] = self._settings.variants(self._methods(task))
+            try:
+                sources[task.name] = _sources(task)
+                # Whether the model loads shows here, and not in every run.
+                variants[task.name] = self._settings.variants(self._methods(prepare(task.recipe, self._settings.seed)))
+            except SliceFineError as error:
+                problems.append(f"Task {task.name}: {error}")
+        raise_all(problems, "slicefine bench quality")
         return Comparison(settings=self._settings, tasks=self._tasks, variants=variants, sources=sources)
 
-    def _methods(self, task: QualityTask) -> list[Method]:
+    def _methods(self, prepared: Prepared) -> list[Method]:
         methods = self._settings.known_methods
         if self._settings.equal_parameters is None:
             return methods
         reference = method(self._settings.equal_parameters)
-        prepared = prepare(task.recipe, self._settings.seed)
         places = find_places(prepared.model, prepared.new_modules)
         size = adapter_size(reference, prepared.model, places, prepared.new_modules)
         sized = [one if one == reference else equal_in_size(one, size, prepared.model, places) for one in methods]
         return list(dict.fromkeys(sized))
+
+
+def _sources(task: QualityTask) -> dict[str, Any]:
+    """Where the examples come from. Raises `SliceFineError` if those that judge are trained on, or choose."""
+    module = get_task(task.recipe.task)
+    choose, judge = module.read(task.recipe.data).summary(), module.read(task.judging.data).summary()
+    for name, said in (("train", "trained on"), ("validation", "those that choose")):
+        if judge["validation"]["fingerprint"] == choose[name]["fingerprint"]:
+            raise SliceFineError(
+                f"the examples that judge ({judge['validation']['source']}) are those {said} ({choose[name]['source']}), byte for byte. "
+                "Name others as `test`."
+            )
+    return {"choose": choose, "judge": judge}
 
 
 def _time(settings: QualitySettings, found: Comparison) -> None:
@@ -139,10 +156,20 @@ class _Runs:
     def __init__(self, settings: QualitySettings, found: Comparison, changed: Listener) -> None:
         self._settings, self._found, self._changed = settings, found, changed
         self._cells = Cells(Path(settings.cells))
-        self.bar = tqdm(total=self._planned_steps(), desc="quality", unit="step", smoothing=0.05, dynamic_ncols=True)
+        self.progress = Progress(self._planned_steps())
+
+    def refuse_unreadable(self) -> None:
+        """Raise `SliceFineError` for every kept run that this comparison may need and cannot read."""
+        problems = []
+        for cell, job in [*self.of_grid(), *self._of_final(every_rate=True)]:
+            try:
+                self._cells.read(cell, self._decisive(job))
+            except SliceFineError as error:
+                problems.append(str(error))
+        raise_all(problems, "slicefine bench quality")
 
     def _planned_steps(self) -> int:
-        """Of all runs, kept ones too, so that the bar says what is left of the whole."""
+        """Of all runs."""
         settings = self._settings
         every = [one for variants in self._found.variants.values() for one in variants]
         grid = sum(len(settings.rates(one.method)) for one in every) * settings.steps_of_grid
@@ -157,12 +184,19 @@ class _Runs:
 
     def of_final(self) -> Iterator[tuple[Cell, Job]]:
         """Every seed, at the learning rate chosen; seed by seed, so that what is there after Ctrl-C can be compared."""
+        chosen = list(self._of_final())
+        every = sum(map(len, self._found.variants.values())) * self._settings.seeds
+        self.progress.leave_out((every - len(chosen)) * self._settings.steps)
+        yield from chosen
+
+    def _of_final(self, *, every_rate: bool = False) -> Iterator[tuple[Cell, Job]]:
         for seed in range(self._settings.seed, self._settings.seed + self._settings.seeds):
             for task in self._found.tasks:
                 for variant in self._found.variants[task.name]:
                     rate = self._found.rates.get((task.name, variant.name))
-                    if rate is not None:
-                        yield self._run(task, variant, rate, seed, final=True)
+                    for one in self._settings.rates(variant.method):
+                        if every_rate or one == rate:
+                            yield self._run(task, variant, one, seed, final=True)
 
     def _run(self, task: QualityTask, variant: Variant, rate: float, seed: int, *, final: bool) -> tuple[Cell, Job]:
         steps = self._settings.steps if final else self._settings.steps_of_grid
@@ -188,35 +222,34 @@ class _Runs:
                 missing.append((cell, job))
             else:
                 self._note(cell, kept)
-        gpu = torch.cuda.is_available()
-        processes, threads = self._settings.at_once(gpu=gpu)
-        for (cell, job), result in in_processes(
-            attempt, missing, processes=processes, threads=threads, wanted=self._still_wanted
-        ):
-            if isinstance(result, str):
-                self._fail(cell, result)
-                continue
-            self._cells.keep(cell, self._decisive(job), result)
-            self._note(cell, result)
-            loss = f"loss {result.loss:.4f}" if result.loss is not None else "diverged"
-            scores = ", ".join([loss, *(f"{name} {value:.4f}" for name, value in result.scores.items())])
-            self.bar.write(f"{cell.words}: {scores}", file=sys.stderr)
-            self._changed(self._found)
+                self.progress.leave_out(cell.steps)
+        processes, threads = self._settings.at_once(gpu=torch.cuda.is_available())
+        made = in_processes(attempt, missing, processes=processes, threads=threads, wanted=self._still_wanted)
+        with contextlib.closing(made):
+            for (cell, job), result in made:
+                if isinstance(result, str):
+                    self._fail(cell, result)
+                    continue
+                self._cells.keep(cell, self._decisive(job), result)
+                self._note(cell, result)
+                loss = f"loss {result.loss:.4f}" if result.loss is not None else "diverged"
+                scores = ", ".join([loss, *(f"{name} {value:.4f}" for name, value in result.scores.items())])
+                self.progress.made(cell.steps, f"{cell.words}: {scores}")
+                self._changed(self._found)
 
     def _still_wanted(self, run: tuple[Cell, Job]) -> bool:
         wanted = (run[0].task, run[0].method) not in self._found.failed
         if not wanted:
-            self.bar.update(run[0].steps)
+            self.progress.leave_out(run[0].steps)
         return wanted
 
     def _note(self, cell: Cell, outcome: Outcome) -> None:
         (self._found.final if cell.final else self._found.grid)[cell] = outcome
-        self.bar.update(cell.steps)
 
     def _fail(self, cell: Cell, why: str) -> None:
-        self.bar.update(cell.steps)
+        self.progress.leave_out(cell.steps)
         if (cell.task, cell.method) not in self._found.failed:
-            self.bar.write(f"{cell.task}, {cell.method}: {why}", file=sys.stderr)
+            self.progress.say(f"{cell.task}, {cell.method}: {why}")
         self._found.failed.setdefault((cell.task, cell.method), why)
         self._changed(self._found)
 

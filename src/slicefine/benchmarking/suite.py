@@ -95,6 +95,10 @@ def _task(
     test = content.pop(TEST, None)
     recipe = Recipe.of(content | {"output": "."}, overrides, f"Task {name}").resolved()
     validation = recipe.data.validation
+    if content.get("data.validation") is None and isinstance(validation, float):
+        validation = None  # the recipe's own default
+    if isinstance(test, str) and Path(test).exists():
+        test = str(Path(test).resolve())
     if test is None:
         test, validation = validation, None
     if not isinstance(test, str):
@@ -151,7 +155,7 @@ def _of_examples(folder: Path) -> dict[str, Any]:
     named = NAMED.get(folder.name)
     if named is not None and named.task == task:
         content["data.name"] = named.name
-    if task == "text-classification" and "text_pair" in read_table(str(train), None).rows[:1][0]:
+    if task == "text-classification" and any("text_pair" in row for row in read_table(str(train), None).rows[:1]):
         content["data.text_pair"] = "text_pair"
     return content
 
@@ -207,11 +211,17 @@ def _of_settings(path: Path, name: str, given: Any) -> dict[str, Any]:
             own[key] = value
     raise_all(problems, "Settings")
     recipe = own.pop("recipe", None)
-    content = _flat(find(_beside(path, recipe) if "/" in str(recipe) else str(recipe))) if recipe is not None else {}
+    content = _flat(_recipe(path, str(recipe))) if recipe is not None else {}
+    if isinstance(content.get("data.validation"), float):
+        del content["data.validation"]  # a share that was written for training; here `--held_out` says it
     for key in (TEST, "data.train", "data.validation", "model.name"):
         if isinstance(own.get(key), str):
             own[key] = _beside(path, own[key])
     return content | own
+
+
+def _recipe(path: Path, name: str) -> Path:
+    return path.parent / name if (path.parent / name).is_file() else find(name)
 
 
 def _beside(path: Path, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -12,7 +13,7 @@ from slicefine.benchmarking.methods import AXES, SLICEFINE, Method
 from slicefine.errors import did_you_mean
 
 EIGHTH = "eighth"
-"""A move after each eighth of the run, as long as it may be: 7 moves, within the paper's 5 to 10."""
+"""A move after each eighth of the run, in whole steps: 7 or 8 moves, within the paper's 5 to 10."""
 RESET, CARRIED = "reset", "carried"
 CHOICES = {
     "order": ("sweep", "random"),
@@ -21,6 +22,8 @@ CHOICES = {
     "axis": tuple(AXES.values()),
 }
 """Setting -> its values, of those that are words."""
+OF_MOVES = ("moments", "rewarm")
+"""Settings of what happens at a move."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class Variant:
     moments: str = RESET
     """Whether the optimizer's moments are dropped when a slice moves, or carried over to the next position."""
     rewarm: int = 0
-    """Steps after a move in which the update of a slice grows linearly to its full size."""
+    """Steps of a final run after a move, in which the update of a slice grows linearly to its full size."""
 
     @property
     def name(self) -> str:
@@ -48,11 +51,15 @@ class Variant:
         return ", ".join([self.method.name, *changed])
 
     def every(self, steps: int, final_steps: int) -> int | None:
-        """Steps per position in a run of `steps`, which has as many moves as one of `final_steps` has."""
+        """Steps per position in a run of `steps`: the same share of it as in one of `final_steps`, in whole steps."""
         if self.slide_every is None:
             return None
         whole = final_steps / 8 if self.slide_every == EIGHTH else float(self.slide_every)
         return max(1, round(whole * steps / final_steps))
+
+    def rewarmed(self, steps: int, final_steps: int) -> int:
+        """Steps after a move in which updates grow, in a run of `steps`: as `every`."""
+        return math.ceil(self.rewarm * steps / final_steps)
 
     @property
     def slice_settings(self) -> dict[str, Any]:
@@ -62,6 +69,8 @@ class Variant:
 
 def variants(methods: Sequence[Method], values: dict[str, Sequence[Any]]) -> list[Variant]:
     """Every combination of `values` for the methods that slide, and all other methods as they are; each once.
+
+    What happens at a move makes no difference to slices that never move.
 
     `values`: names of settings, `r` and `axis` among them, to those that are to be tried.
     """
@@ -73,6 +82,8 @@ def variants(methods: Sequence[Method], values: dict[str, Sequence[Any]]) -> lis
         for chosen in product(*values.values()):
             settings = dict(zip(values, chosen, strict=True))
             of_method = {name: settings.pop(name) for name in ("r", "axis") if name in settings}
+            if settings.get("slide_every", EIGHTH) is None:
+                settings = {name: value for name, value in settings.items() if name not in OF_MOVES}
             found.append(Variant(method=dataclasses.replace(one, **of_method), **settings))
     return list(dict.fromkeys(found))
 

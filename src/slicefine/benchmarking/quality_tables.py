@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -187,11 +188,15 @@ def _interval(tasks: Tasks, name: str, seeds: int) -> tuple[float | None, float 
 
 
 def _resampled(outcomes: Sequence[Outcome], metric: str, positive: int) -> np.ndarray:
-    labels = np.asarray(outcomes[0].labels)
-    draws = np.random.default_rng(0).integers(len(labels), size=(RESAMPLES, len(labels)))
-    predicted = [np.asarray(outcome.predicted) for outcome in outcomes]
-    score = METRICS[metric]
-    return np.array([statistics.fmean(score(labels[draw], p[draw], positive) for p in predicted) for draw in draws])
+    every = [_draws(tuple(o.labels), tuple(o.predicted), metric, positive) for o in outcomes]
+    return np.mean(every, axis=0)
+
+
+@functools.lru_cache(maxsize=4096)  # tables are made anew whenever a run is finished
+def _draws(labels: tuple[float, ...], predicted: tuple[float, ...], metric: str, positive: int) -> np.ndarray:
+    known, found, score = np.asarray(labels), np.asarray(predicted), METRICS[metric]
+    draws = np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))
+    return np.array([score(known[draw], found[draw], positive) for draw in draws])
 
 
 def positive(found: Comparison, task: QualityTask) -> int:

@@ -1,0 +1,125 @@
+"""The tables of a comparison, from runs whose tables are known."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from slicefine.benchmarking import quality_tables
+from slicefine.benchmarking.cells import Cell, Outcome
+from slicefine.benchmarking.methods import method
+from slicefine.benchmarking.quality import Comparison
+from slicefine.benchmarking.quality_settings import QualitySettings
+from slicefine.benchmarking.timing import Measured
+from slicefine.benchmarking.variants import Variant
+
+LORA, OURS, BROKEN = "LoRA-r8", "SliceFine-5RC", "prefix"
+LABELS = [0, 1] * 50
+
+
+def outcome(right, *, curve=(), loss=0.5, active=10):
+    """A run that has the first `right` of a hundred examples right."""
+    predicted = [label if number < right else 1 - label for number, label in enumerate(LABELS)]
+    points = [{"step": step, "loss": 1 - score, "accuracy": score} for step, score in curve]
+    return Outcome(
+        active=active, touched=3 * active, head=2, added=0, total=1000, steps=100, loss=loss, scores={"accuracy": right / 100},
+        curve=points, predicted=predicted, labels=LABELS,
+    )  # fmt: skip
+
+
+def cell(task, name, seed, *, rate=1e-3, final=True):
+    return Cell(task=task, method=name, learning_rate=rate, seed=seed, steps=100 if final else 25, final=final)
+
+
+@pytest.fixture
+def found():
+    tasks = [
+        SimpleNamespace(name=name, recipe=SimpleNamespace(task="text-classification", data=SimpleNamespace(name=None)))
+        for name in ("one", "two")
+    ]
+    settings = QualitySettings(suite="suite", methods=(OURS, LORA, BROKEN), seeds=2, steps=100)
+    variants = [Variant(method=method(name)) for name in (OURS, LORA, BROKEN)]
+    summary = {"train": {"examples": 90}, "validation": {"examples": 100}, "classes": ["a", "b"]}
+    comparison = Comparison(
+        settings=settings,
+        tasks=tasks,  # pyright: ignore[reportArgumentType]
+        variants={task.name: variants for task in tasks},
+        sources={task.name: {"choose": summary, "judge": summary} for task in tasks},
+    )
+    for task in ("one", "two"):
+        for seed, (ours, theirs) in enumerate([(60, 90), (64, 94)]):
+            comparison.final[cell(task, OURS, seed)] = outcome(ours, curve=[(50, 0.7), (100, 0.8)])
+            comparison.final[cell(task, LORA, seed)] = outcome(theirs, curve=[(50, 0.6), (100, 0.75)], active=20)
+        for name in (OURS, LORA):
+            comparison.rates[task, name] = 1e-3
+            for rate, loss in ((1e-3, 0.4), (3e-3, 0.6)):
+                comparison.grid[cell(task, name, 0, rate=rate, final=False)] = outcome(50, loss=loss)
+        comparison.failed[task, BROKEN] = "it needs a decoder"
+        comparison.timed[task] = Measured(
+            arrangement="together", seconds={OURS: [1.0, 1.0, 1.2], LORA: [2.0, 2.0, 9.0]}
+        )
+    return comparison
+
+
+def table(found, title):
+    return {
+        row["method"]: row for row in next(t for t in quality_tables.tables(found) if t.title.startswith(title)).rows
+    }
+
+
+def test_the_posters_table(found):
+    rows = table(found, "Scores")
+    assert rows[OURS] | {"not measured": ""} == {
+        "method": OURS, "#TTPs (active)": 10, "touched": 30, "added": 0,
+        "one, accuracy": "62.0 ± 2.8", "two, accuracy": "62.0 ± 2.8", "Avg.": "62.0 ± 2.8", "not measured": "",
+    }  # fmt: skip
+    assert rows[BROKEN]["not measured"] == "it needs a decoder"
+    assert (rows[BROKEN]["one, accuracy"], rows[BROKEN]["Avg."]) == ("x", None)
+
+
+def test_a_difference_beyond_chance_is_said_and_one_within_it_is_not(found):
+    row = table(found, "Against")[OURS]
+    assert row[f"mean score - {LORA}"] == pytest.approx(-30)
+    assert (row["least, by seed"], row["greatest, by seed"]) == (pytest.approx(-30), pytest.approx(-30))
+    assert row["interval, low"] < -30 < row["interval, high"] < 0
+    assert row["verdict"] == "behind"
+    for task in ("one", "two"):
+        for seed, right in enumerate((90, 94)):
+            found.final[cell(task, OURS, seed)] = outcome(right)
+    assert table(found, "Against")[OURS]["verdict"] == "level"
+
+
+def test_time_to_a_score_is_steps_by_the_time_of_a_step(found):
+    rows = table(found, "Time to")
+    assert rows[OURS]["one: steps to 75.0"] == 100
+    assert rows[OURS]["one: time / LoRA-r8"] == pytest.approx(100 * 1.0 / (100 * 2.0))
+    assert rows[OURS]["mean of time"] == pytest.approx(0.5)
+    for task in ("one", "two"):
+        for seed in (0, 1):
+            found.final[cell(task, OURS, seed)] = outcome(60, curve=[(50, 0.7), (100, 0.74)])
+    assert table(found, "Time to")[OURS]["one: steps to 75.0"] == "never"
+    assert table(found, "Time to")[OURS]["mean of time"] is None
+
+
+def test_a_rate_at_the_end_of_its_grid_is_marked_and_runs_that_diverged_are_counted(found):
+    found.final[cell("one", OURS, 1)] = Outcome(
+        active=10,
+        touched=30,
+        head=2,
+        added=0,
+        total=1000,
+        steps=7,
+        loss=None,
+        scores={},
+        curve=[],
+        diverged="the loss is nan",
+    )
+    row = table(found, "one")[OURS]
+    assert (row["learning rate"], row["of the grid"]) == (1e-3, "lowest")
+    assert (row["accuracy"], row["std"], row["min"], row["max"]) == (60, None, 60, 60)
+    assert row["not measured"] == "1 of 2 runs diverged"
+    assert (row["ms a step"], row["minutes of training"]) == (1000, pytest.approx(100 / 60))
+
+
+def test_nothing_found_yet_is_no_table(found):
+    found.grid, found.final, found.failed = {}, {}, {}
+    assert quality_tables.tables(found) == []

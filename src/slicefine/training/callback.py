@@ -32,7 +32,8 @@ class SliceFineCallback(TrainerCallback):
     - `slicefine/position`: first index of the active slice of the first target;
     - `slicefine/update_norm_mean`, `slicefine/update_norm_max`: over the targets, `||now - original|| / ||original||` of
       the active slice;
-    - `slicefine/update_norm/<target>`, in the first log after a move: the same for the slice that has been finished.
+    - `slicefine/update_norm/<target>`, in the first log after a move: the same for the slice that has been finished;
+    - `slicefine/position/<target>`, in the first log and in the first one after a move: the first index of the active slice.
 
     Trackers see these values if their callback stands after this one:
     `Trainer(..., callbacks=[SliceFineCallback(), TensorBoardCallback()])` with `report_to="none"`.
@@ -66,13 +67,13 @@ class SliceFineCallback(TrainerCallback):
         if not self._allow_inexact_resume:
             _refuse_lost_optimizer(self._layers, state.global_step, lr_scheduler)
         self._moves = _moves(self._layers)
-        self._finished: dict[str, float] = {}
+        self._at_move: dict[str, float] = {} if state.global_step else _positions(self._layers)
         _warn_if_too_short(self._layers, steps_to_go=state.max_steps - state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if (moves := _moves(self._layers)) != self._moves:
             self._moves = moves
-            self._finished = {
+            self._at_move = _positions(self._layers) | {
                 f"slicefine/update_norm/{name}": update_norm(layer, _finished_slice(layer))
                 for name, layer in self._layers.items()
             }
@@ -96,9 +97,9 @@ class SliceFineCallback(TrainerCallback):
             "slicefine/position": next(iter(active_slices(model).values())).start,
             "slicefine/update_norm_mean": statistics.fmean(norms),
             "slicefine/update_norm_max": max(norms),
-            **self._finished,
+            **self._at_move,
         }
-        self._finished = {}
+        self._at_move = {}
         logs.update(values)
         state.log_history[-1].update(values)
 
@@ -144,6 +145,10 @@ def progress(layers: dict[str, SliceLayer]) -> tuple[int, Any]:
 def _moves(layers: dict[str, SliceLayer]) -> int:
     step, schedule = progress(layers)
     return schedule.moves(step)
+
+
+def _positions(layers: dict[str, SliceLayer]) -> dict[str, float]:
+    return {f"slicefine/position/{name}": layer.state.active.start for name, layer in layers.items()}
 
 
 def _finished_slice(layer: SliceLayer) -> Slice:

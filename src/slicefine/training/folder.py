@@ -2,6 +2,8 @@
 
 recipe.yaml     the recipe, defaults written out, paths absolute
 record.json     what ran, on what, how long, and how well
+history.json    losses, learning rates and validations, step by step, and the moves
+slices.json     where the slices of every weight are and were, and how far what they touched has moved
 adapter/        the PEFT adapter, the model's configuration and the tokenizer
 checkpoints/    transformers' checkpoints, to resume from
 logs/           TensorBoard

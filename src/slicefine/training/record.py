@@ -54,10 +54,12 @@ class RunRecord:
     """Optimizer steps at which the run was taken up again."""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Scores of the validation set `before` and `after` training."""
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, Any] = field(default_factory=dict)
     """`train_seconds` (all sessions, validation and checkpoints included); of the last session `step_seconds_mean`,
     `step_seconds_median` (forward, backward and update alone) and `data_wait_share`, the part of the time of all steps, 0
-    to 1, in which they waited for their batches."""
+    to 1, in which they waited for their batches; `frozen_limit_ratio` (see `frozen_limit.py`; None where it was not measured)."""
+    peak_bytes: int | None = None
+    """Most that was allocated on the GPU in the last session; None on a CPU."""
     artifact_bytes: int | None = None
     """Size of the adapter: weights and configuration, without the tokenizer or processor."""
 

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
 from peft import TaskType, get_peft_model
 from peft.peft_model import PeftModel
@@ -27,6 +28,7 @@ from transformers.integrations.integration_utils import (
 
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
 from slicefine.training import folder as folders
+from slicefine.training import frozen_limit, history, movement
 from slicefine.training import record as records
 from slicefine.training.callback import SliceFineCallback
 from slicefine.training.checked import CheckedTrainer
@@ -164,12 +166,17 @@ def _run(
         record.timings = {"train_seconds": round(seconds, 3), **timer.summary(trainer.seconds_waited)}
         record.steps = trainer.state.global_step
         record.moves = recipe.slice_schedule.moves(max(record.steps - 1, 0))  # one after the last step trains nothing
+        record.peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         record.parameters = dataclasses.asdict(parameter_counts(model, record.planned_steps))
+        history.write(trainer.state, recipe.slice_schedule, folder)
+        movement.write(model, folder)
     if interrupt.asked and record.steps < record.planned_steps:
         record.status = "interrupted"
         return
     record.metrics["after"] = _scores(_last_validation(trainer.state) or trainer.evaluate())
     record.artifact_bytes = _save_adapter(model, prepared, folder / folders.ADAPTER)
+    step = record.timings.get("step_seconds_median")
+    record.timings["frozen_limit_ratio"] = frozen_limit.measure(trainer, seconds, step) if step else None
     record.status = "finished"
 
 

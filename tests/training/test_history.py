@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from slicefine.training import run as runs
+from slicefine.training.progress import Interrupt
 from slicefine.training.recipe import Recipe
 
 
@@ -37,35 +40,26 @@ def test_positions_at_the_start_and_after_a_move(recipe: Recipe) -> None:
     assert places == {1: 0, 4: 0, 8: 2, 12: 2}
 
 
-def test_a_resumed_run_has_the_whole_history(recipe: Recipe, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_whole_history(
+    recipe: Recipe, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Recipe.from_flat(settings | {"output": str(tmp_path / "whole")})
     runs.train(whole)
-    stopped = Recipe.from_flat(settings | {"training.num_train_epochs": 2, "output": str(tmp_path / "stopped")})
-    runs.train(stopped)
-    (tmp_path / "stopped" / "history.json").unlink()
-    last = tmp_path / "stopped" / "checkpoints" / "checkpoint-12"
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
-    runs.train(stopped, resume=True)
-    timeless = (
-        "eval_runtime",
-        "eval_samples_per_second",
-        "eval_steps_per_second",
-        "train_runtime",
-        "train_samples_per_second",
-    )
-    first, second = (
-        [
-            {
-                k: v
-                for k, v in entry.items()
-                if k not in (*timeless, "train_steps_per_second", "train_loss", "total_flos")
-            }
-            for entry in read(str(one))["log"]
-        ]
-        for one in (tmp_path / "whole", tmp_path / "stopped")
-    )
-    assert [entry for entry in first if "loss" in entry or "eval_loss" in entry] == [
-        entry for entry in second if "loss" in entry or "eval_loss" in entry
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Interrupt,
+            "on_step_begin",
+            lambda self, args, state, control, **_: setattr(self, "asked", state.global_step == 7),
+        )
+        assert runs.train(recipe).steps == 8
+    assert [entry["step"] for entry in timeless(recipe.output)] == [1, 2, 4, 6, 6, 8]
+    assert runs.train(recipe, resume=True).status == "finished"
+    assert timeless(recipe.output) == timeless(whole.output)
+
+
+def timeless(folder: str) -> list[dict[str, Any]]:
+    """Losses and validations without their speeds."""
+    found = [entry for entry in read(folder)["log"] if "loss" in entry or "eval_loss" in entry]
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(("runtime", "per_second"))} for entry in found
     ]

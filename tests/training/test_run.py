@@ -89,9 +89,11 @@ def test_from_recipe_to_plain_transformers(
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter",
         "checkpoints",
+        "history.json",
         "logs",
         "recipe.yaml",
         "record.json",
+        "slices.json",
     ]
     assert not any(Path.cwd().iterdir())  # TensorBoard writes here if nobody tells it where
 

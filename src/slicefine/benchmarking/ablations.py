@@ -32,7 +32,9 @@ class CarriedMoments(TrainerCallback):
         inner(optimizer).register_step_post_hook(self._keep)
 
     def _keep(self, optimizer: Optimizer, *_: Any) -> None:
-        self._kept = {parameter: optimizer.state[parameter] for parameter in self._parameters if parameter in optimizer.state}
+        self._kept = {
+            parameter: optimizer.state[parameter] for parameter in self._parameters if parameter in optimizer.state
+        }
 
     def on_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Give it back."""

@@ -72,7 +72,9 @@ def fit(job: Job) -> Outcome:
             trainer.train()
             judged = _judge(trainer, job, prepared) if job.final else _last(_curve(trainer))
             if not math.isfinite(judged["loss"]):
-                raise NotFiniteError(f"The loss of the examples that {'judge' if job.final else 'choose'} is {judged['loss']}.")
+                raise NotFiniteError(
+                    f"The loss of the examples that {'judge' if job.final else 'choose'} is {judged['loss']}."
+                )
         except NotFiniteError as error:
             diverged = str(error).partition(". ")[0].rstrip(".")  # without what to do about it in a run of one's own
             judged = {"loss": None, "scores": {}}

@@ -33,7 +33,7 @@ class QualitySettings:
     steps: int = 500
     """Optimizer steps of a final run."""
     grid_steps: int | None = None
-    """Optimizer steps of a run that chooses a learning rate; None = a quarter of `steps`."""
+    """Optimizer steps of a run that chooses a learning rate; None = half of `steps`."""
     evaluations: int = 8
     """How often a final run is scored on the examples that choose."""
     held_out: float = 0.1
@@ -109,7 +109,7 @@ class QualitySettings:
     @property
     def steps_of_grid(self) -> int:
         """Steps of a run that chooses."""
-        return self.grid_steps or max(1, self.steps // 4)
+        return self.grid_steps or max(1, self.steps // 2)
 
     def variants(self, methods: Sequence[Method]) -> list[Variant]:
         """`methods` with every combination of the ablations' values."""

@@ -50,7 +50,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="The first seed, with which learning rates are chosen")
     made.add_argument("--steps", type=int, default=500, metavar="N", help="Optimizer steps of a final run")
     made.add_argument(
-        "--grid_steps", type=int, metavar="N", help="Optimizer steps of a run that chooses; null = a quarter of --steps"
+        "--grid_steps", type=int, metavar="N", help="Optimizer steps of a run that chooses; null = half of --steps"
     )
     made.add_argument(
         "--evaluations",

@@ -52,6 +52,17 @@ def step(adapted: Attached, model: str, number: int = 0) -> None:
 # --------------------------------------------------------------------- names
 
 
+@pytest.mark.parametrize("name", ["SliceFine-5S", "SliceFine-5RC-w3", "SliceFine-6S-w2", "RoCoFT-1C"])
+def test_names_that_are_not_among_the_usual_ones(name: str) -> None:
+    assert method(name.lower()).name == name
+
+
+@pytest.mark.parametrize("name", ["SliceFine-5RC-w1", "RoCoFT-5R-w3", "SliceFine-5S-w", "LoRA-r8-w3", "RoCoFT-5S"])
+def test_windows_and_axes_that_there_are_not(name: str) -> None:
+    with pytest.raises(SliceFineError, match="There is no method"):
+        method(name)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_name_is_read_back(name: str) -> None:
     found = method(name)
@@ -310,3 +321,21 @@ def test_random_masks_of_a_model_differ_by_weight_and_by_seed() -> None:
     queries = [mask for key, mask in first.items() if "q_proj" in key]
     assert [int(mask.sum()) for mask in queries] == [5 * 32, 5 * 32]
     assert not torch.equal(*queries)
+
+
+# --------------------------------------------------------------------- depth windows
+
+
+def test_a_depth_window_is_spread_over_the_depth() -> None:
+    adapted = attached("SliceFine-2R-w2", "roberta-base-small", depth_every=3)
+    config: Any = adapted.model.peft_config["default"]
+    assert (config.depth_window, config.depth_every) == ([0, 1], 3)
+    plain = attached("SliceFine-2R", "roberta-base-small")
+    assert adapted.counts == plain.counts
+
+
+def test_more_turns_than_blocks() -> None:
+    with pytest.raises(
+        SliceFineError, match=r"3 turns of a depth window are more than the 2 blocks of roberta\.encoder\.layer"
+    ):
+        attached("SliceFine-2R-w3", "roberta-base-small")

@@ -34,12 +34,13 @@ from slicefine.benchmarking.methods import (
 from slicefine.benchmarking.models import CAUSAL_LM, TEXT
 from slicefine.benchmarking.random_mask import train_at_random
 from slicefine.benchmarking.split_weight import SplitLinear
-from slicefine.errors import SliceFineError, listed
+from slicefine.errors import SliceFineError, listed, raise_all
 from slicefine.slicing import COLUMN, COUPLED, ROW, active_size
 from slicefine.tuner import SliceFineConfig, parameter_counts
 from slicefine.tuner.base_layers import Place
-from slicefine.tuner.config import ALL_LINEAR
+from slicefine.tuner.config import ALL_LINEAR, block_of
 from slicefine.tuner.coupling import find_couplings
+from slicefine.tuner.depth import find_stack
 from slicefine.tuner.targets import find_targets
 
 PEFT_TASKS = {CAUSAL_LM: "CAUSAL_LM", TEXT: "SEQ_CLS"}
@@ -183,6 +184,7 @@ def attach(
     slide_every: int | None = 500,
     total_steps: int = 1000,
     seed: int = 0,
+    depth_every: int = 25,
     slice_settings: Mapping[str, Any] | None = None,
 ) -> Attached:
     """Make `model` ready to be trained by `method`; the model is changed in place.
@@ -193,6 +195,7 @@ def attach(
         slide_every: Optimizer steps per position of the slices of SliceFine; None = they do not move.
         total_steps: Length of the run in optimizer steps, for the schedule of AdaLoRA.
         seed: Seed of random masks.
+        depth_every: Optimizer steps of each turn of a depth window.
         slice_settings: Further settings of `SliceFineConfig`, for methods with slices.
 
     Raises `SliceFineError` with the reason if the method cannot be attached.
@@ -212,6 +215,8 @@ def attach(
         config = _config(method, places, slide_every=slide_every, total_steps=total_steps, seed=seed)
         if method.has_slices:
             config = dataclasses.replace(config, **slice_settings or {})
+        if method.window is not None:
+            config.depth_window, config.depth_every = _lowest(method.window, model, places), depth_every
         config.task_type = PEFT_TASKS.get(task)
         if heads:
             config.modules_to_save = list(heads)
@@ -230,6 +235,16 @@ def attach(
     inner: Any = adapted.base_model
     called = adapted if config.task_type else inner
     return _attached(method, called, heads, total=total, added=added, after_step=inner.update_and_allocate)
+
+
+def _lowest(turns: int, model: nn.Module, places: Mapping[str, Place]) -> list[int]:
+    """The lowest block of each turn of a depth window, evenly over the depth, the first block the first."""
+    stack, problems = find_stack(model, places)
+    raise_all(problems, "A depth window")
+    blocks = sorted({block for name in places if (block := block_of(name, stack)) is not None})
+    if turns > len(blocks):
+        raise SliceFineError(f"{turns} turns of a depth window are more than the {len(blocks)} blocks of {stack}")
+    return [blocks[turn * len(blocks) // turns] for turn in range(turns)]
 
 
 def _config(

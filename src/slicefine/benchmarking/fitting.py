@@ -50,6 +50,8 @@ class Job:
     evaluations: int
     """How often the examples that choose are scored, the last time after the last step."""
     final: bool
+    depth_every: int = 25
+    """Optimizer steps of each turn of a depth window."""
 
 
 def fit(job: Job) -> Outcome:
@@ -145,6 +147,7 @@ def attach_to(prepared: Prepared, job: Job) -> Attached:
         slide_every=job.variant.every(job.steps, job.final_steps),
         total_steps=job.steps,
         seed=job.seed,
+        depth_every=job.depth_every,
         slice_settings=job.variant.slice_settings,
     )
 

@@ -143,13 +143,15 @@ class Method:
     r: int | None = None
     axis: str | None = None
     """`row`, `column`, `alternate` or `coupled` where the method has slices."""
+    window: int | None = None
+    """Turns of a depth window, whose lowest blocks lie evenly over the depth; None = all blocks are trained at every step."""
 
     @property
     def name(self) -> str:
         """As in the paper's tables; `method(name)` gives the method back."""
         if self.kind in (SLICEFINE, ROCOFT):
             letters = next(letters for letters, axis in AXES.items() if axis == self.axis)
-            return f"{self.kind}-{self.r}{letters}"
+            return f"{self.kind}-{self.r}{letters}" + (f"-w{self.window}" if self.window else "")
         if self.r is None or (self.kind != LORA and self.r == KINDS[self.kind].r):
             return self.kind
         return f"{self.kind}-r{self.r}"
@@ -157,7 +159,9 @@ class Method:
     @property
     def family(self) -> str:
         """The method without its rank: what a sweep over ranks draws one line for."""
-        return f"{self.kind}-{self.axis}" if self.kind in (SLICEFINE, ROCOFT) else self.kind
+        if self.kind not in (SLICEFINE, ROCOFT):
+            return self.kind
+        return f"{self.kind}-{self.axis}" + (f"-w{self.window}" if self.window else "")
 
     @property
     def speed_only(self) -> bool:
@@ -187,17 +191,16 @@ METHODS = (
     f"{ROCOFT}-5R", "LoRA-r8", ADALORA, VERA, PREFIX, HRA, SHIRA, RANDOM_MASK, SPLIT_ROWS, SPLIT_COLUMNS,
 )  # fmt: skip
 """Names of the methods that are compared where nothing else is asked for."""
-PATTERNS = (
-    "SliceFine-<r>R, <r>C, <r>RC or <r>S (coupled), RoCoFT-<r>R or <r>C, and any other that has a rank as <name>-r<r>"
-)
+PATTERNS = "SliceFine-<r>R, <r>C, <r>RC or <r>S (coupled), with -w<n> a depth window of n turns, RoCoFT-<r>R or <r>C, and any other that has a rank as <name>-r<r>"
 
 
 def method(name: str) -> Method:
     """The method called `name`, whatever the case of its letters. Raises `SliceFineError` if there is none."""
     kinds = {kind.lower(): kind for kind in KINDS}
-    sliced = re.fullmatch(r"(slicefine|rocoft)-([1-9]\d*)(r|c|rc|s)", name.lower())
-    if sliced and (sliced[1] == "slicefine" or sliced[3] in ("r", "c")):
-        return Method(kind=kinds[sliced[1]], r=int(sliced[2]), axis=AXES[sliced[3].upper()])
+    sliced = re.fullmatch(r"(slicefine|rocoft)-([1-9]\d*)(r|c|rc|s)(?:-w([2-9]\d*))?", name.lower())
+    if sliced and (sliced[1] == "slicefine" or (sliced[3] in ("r", "c") and not sliced[4])):
+        window = int(sliced[4]) if sliced[4] else None
+        return Method(kind=kinds[sliced[1]], r=int(sliced[2]), axis=AXES[sliced[3].upper()], window=window)
     if name.lower() == "rocoft":
         return Method(kind=ROCOFT, r=KINDS[ROCOFT].r, axis=ROW)
     found = re.fullmatch(r"(.+?)(?:-r([1-9]\d*))?", name.lower())

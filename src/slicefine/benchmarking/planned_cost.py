@@ -20,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from slicefine.benchmarking.attaching import PEFT_TASKS
 from slicefine.benchmarking.fake_tensors import fake
+from slicefine.benchmarking.methods import Method
 from slicefine.benchmarking.planned_config import first_line
 from slicefine.benchmarking.planned_model import Subject, logits_in_place, loss_of, prepare
 from slicefine.benchmarking.saved_bytes import StepMemory, count
 from slicefine.errors import SliceFineError, SliceFineWarning
-from slicefine.slicing import COLUMN, ROW, Region, Schedule, Shape, artifact_size
+from slicefine.slicing import Region, Schedule, Shape, artifact_size
 from slicefine.training.recipe import Recipe
 from slicefine.tuner import SliceFineConfig, parameter_counts
 from slicefine.tuner.inspection import tuned
@@ -145,8 +146,8 @@ def attached(of: Subject, method: str, device: str = "meta") -> nn.Module:
 
 
 def _title(method: str, recipe: Recipe) -> str:
-    letters = {ROW: "R", COLUMN: "C"}.get(recipe.slice.axis, "RC")
-    return {SLICEFINE: f"{SLICEFINE}-{recipe.slice.r}{letters}", LORA: f"{LORA}-r{LORA_RANK}"}.get(method, method)
+    own = Method(kind=SLICEFINE, r=recipe.slice.r, axis=recipe.slice.axis).name
+    return {SLICEFINE: own, LORA: f"{LORA}-r{LORA_RANK}"}.get(method, method)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -132,6 +132,7 @@ def _job(task: QualityTask, variant: Variant, settings: QualitySettings) -> Job:
         final_steps=steps,
         evaluations=1,
         final=False,
+        depth_every=1,
     )
 
 

@@ -61,7 +61,7 @@ class Setup:
         return model
 
     def attach(self, method: Method, *, slide_every: int, total_steps: int = 1000) -> Attached:
-        """A new model, ready to be trained by `method`. Raises `SliceFineError` with the reason if it cannot be."""
+        """A new model, ready to be trained by `method`; a depth window changes at every step. Raises `SliceFineError` with the reason if it cannot be."""
         attached = attach(
             method,
             self.base(),
@@ -70,6 +70,7 @@ class Setup:
             slide_every=slide_every,
             total_steps=total_steps,
             seed=self.seed,
+            depth_every=1,
         )
         if self.compile:
             attached.model.compile()

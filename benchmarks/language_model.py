@@ -50,6 +50,7 @@ EQUAL_R = 2 * LORA_R
 """LoRA trains r (d_in + d_out) entries, a row slice r d_in, a column slice r d_out."""
 NONE, FULL, LORA = "none", "full", "LoRA r8"
 PAPER, EQUAL = "SliceFine-5RC", f"SliceFine-{EQUAL_R}RC, LoRA's count"
+COUPLED, WIDE = "coupled, LoRA's count", "coupled, r = 64: a step takes as long"
 
 
 def files_of(package: str) -> list[Path]:
@@ -143,18 +144,28 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
     return {
         PAPER: sliced(5, options),
         EQUAL: sliced(EQUAL_R, options),
+        COUPLED: sliced(coupled_r(options), options, axis="coupled"),
+        WIDE: sliced(min(64, options.hidden), options, axis="coupled"),
         LORA: lambda model: get_peft_model(model, lora),
         FULL: lambda model: model,
     }
+
+
+def coupled_r(options: argparse.Namespace) -> int:
+    """The rank at which coupled slices train as many entries as LoRA: a feature has a row or a column in each of seven weights."""
+    of_lora = LORA_R * (11 * options.hidden + 3 * options.intermediate)
+    return min(options.hidden, round(of_lora / (7 * options.hidden)))
 
 
 def trainable_entries(model: Any, options: argparse.Namespace) -> int:
     """Entries that a step trains; for slices the mean of a step on rows and one on columns."""
     if not any(isinstance(module, SliceLayer) for module in model.modules()):
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    schedule = model.peft_config["default"].schedule
-    shapes = [module.shape for module in model.modules() if isinstance(module, SliceLayer)]
-    sizes = [active_size(schedule, shape, step) for shape in shapes for step in (0, schedule.slide_every or 0)]
+    layers = [module for module in model.modules() if isinstance(module, SliceLayer)]
+    placed = [(layer.slicefine_state["default"].schedule, layer.shape) for layer in layers]
+    sizes = [
+        active_size(schedule, shape, step) for schedule, shape in placed for step in (0, schedule.slide_every or 0)
+    ]
     return sum(sizes) // 2
 
 
@@ -174,7 +185,8 @@ def ablations(options: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
         "columns alone, never moving": {"axis": "column", "slide_every": None},
     }
     return {f"{EQUAL}: {name}": sliced(EQUAL_R, options, **change) for name, change in changes.items()} | {
-        "SliceFine-15C": sliced(15, options, axis="column")  # LoRA's count, as the default shapes are wider than high
+        "SliceFine-15C": sliced(15, options, axis="column"),  # LoRA's count, as the default shapes are wider than high
+        "coupled, never moving": sliced(coupled_r(options), options, axis="coupled", slide_every=None),
     }
 
 

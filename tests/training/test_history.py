@@ -61,5 +61,5 @@ def timeless(folder: str) -> list[dict[str, Any]]:
     """Losses and validations without their speeds."""
     found = [entry for entry in read(folder)["log"] if "loss" in entry or "eval_loss" in entry]
     return [
-        {key: value for key, value in entry.items() if not key.endswith(("runtime", "per_second"))} for entry in found
+        {key: value for key, value in entry.items() if not key.endswith(("time", "per_second"))} for entry in found
     ]

@@ -35,7 +35,7 @@ class Kind:
     """Whether it is there to be timed, and not to be trained."""
 
 
-FINER = (1e-3, 2e-3, 4e-3, 8e-3)
+FINER = (5e-4, 1e-3, 2e-3, 4e-3)
 """Learning rates of slices and of LoRA: where both are at their best, in steps of two (steps of three decide by luck)."""
 HIGHER = (1e-3, 3e-3, 1e-2, 3e-2)
 """Learning rates of methods that train few numbers, or numbers that begin at zero."""

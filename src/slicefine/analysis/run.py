@@ -1,0 +1,157 @@
+"""`slicefine analyze`: the stages one after the other, each kept as soon as it is finished, and the verdicts on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from slicefine.analysis import advice, balance, energy, global_winner, winners
+from slicefine.analysis.record import AnalysisRecord
+from slicefine.analysis.settings import ADVICE, BALANCE, ENERGY, GLOBAL, WINNERS, AnalysisSettings
+from slicefine.analysis.subject import Subject
+from slicefine.analysis.verdict import verdicts
+from slicefine.analysis.weights import LoadedWeights, StoredWeights, Weights
+from slicefine.errors import SliceFineError
+from slicefine.training import record as records
+from slicefine.training.folder import refuse_unwritable
+from slicefine.training.recipe import Recipe
+
+Say = Callable[[int, int, str], None]
+
+
+def analyze(settings: AnalysisSettings, model: str, recipe: Recipe | None, command: str) -> AnalysisRecord:
+    """Analyse a model, and write `analysis.json` into the folder `settings.output` after every stage.
+
+    What the folder has of the same analysis already is not found again. Ctrl-C ends it with the status `"interrupted"`; finished stages
+    are kept.
+
+    Args:
+        model: Folder, or name on the hub.
+        recipe: Its task and examples, for the stages that need them; None = the spectral balance alone, of files that are read one weight at
+            a time.
+
+    Raises `SliceFineError`, before anything is written, for what is wrong with model, data or folder, and for stages that need examples
+    where there are none.
+    """
+    folder = Path(settings.output)
+    refuse_unwritable(folder)
+    saved = AnalysisRecord.read(folder)
+    if recipe is None and (needing := [stage for stage in settings.stages if stage != BALANCE]):
+        raise SliceFineError(
+            f"The stages {', '.join(needing)} need examples: name a recipe, or --data.train FILE. Without, there is --stages {BALANCE}."
+        )
+    subject = None if recipe is None else Subject(recipe.resolved(), seed=settings.seed, untrained=settings.untrained)
+    weights = _weights(settings, model, subject)
+    record = _new(settings, model, subject, weights, command)
+    if saved is not None:
+        saved.refuse_other(record, folder)
+        record.stages, record.seconds = saved.stages, saved.seconds
+    record.write(folder)
+    try:
+        for stage in settings.stages:
+            if stage not in record.stages:
+                _run(stage, settings, subject, weights, record)
+                record.write(folder)
+        record.status = "finished"
+    except KeyboardInterrupt:
+        record.status = "interrupted"
+    except BaseException:
+        record.status = "failed"
+        raise
+    finally:
+        weights.close()
+        record.verdicts = verdicts(record.stages, record.failed)
+        record.ended = records.now()
+        record.write(folder)
+    return record
+
+
+def _weights(settings: AnalysisSettings, model: str, subject: Subject | None) -> Weights:
+    if subject is not None:
+        return LoadedWeights(subject.model, subject.places, name=model)
+    if not settings.untrained:
+        return StoredWeights(model, device=torch.accelerator.current_accelerator() or "cpu")
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return LoadedWeights(transformers.AutoModel.from_config(config, trust_remote_code=False), name=model)
+
+
+def _new(
+    settings: AnalysisSettings, model: str, subject: Subject | None, weights: Weights, command: str
+) -> AnalysisRecord:
+    known: dict[str, Any] = {"name": str(Path(model).resolve()) if Path(model).exists() else model}
+    known |= {"class": None, "parameters": None, "fingerprint": _fingerprint(weights)}
+    if subject is not None:
+        known["class"] = type(subject.model).__name__
+        known["parameters"] = sum(parameter.numel() for parameter in subject.model.parameters())
+    return AnalysisRecord(
+        model=known,
+        untrained=settings.untrained,
+        task=None if subject is None else subject.recipe.task,
+        data={} if subject is None else subject.data,
+        notes=[] if subject is None else list(subject.notes),
+        settings={**dataclasses.asdict(settings), "stages": list(settings.stages), "ranks": list(settings.ranks)},
+        command=command,
+        started=records.now(),
+        versions=records.versions(),
+        commit=records.commit(),
+        hardware=records.hardware(),
+    )
+
+
+def _fingerprint(weights: Weights) -> str:
+    """A digest of the values of the first weight, in fp32."""
+    values = weights.read(next(iter(weights.shapes))).contiguous().cpu()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
+
+
+def _run(
+    stage: str, settings: AnalysisSettings, subject: Subject | None, weights: Weights, record: AnalysisRecord
+) -> None:
+    began = time.perf_counter()
+    with _bar(stage) as say:
+        try:
+            record.stages[stage] = _found(stage, settings, subject, weights, record.stages, say)
+        except SliceFineError as error:  # the other stages may have something to say
+            record.failed[stage] = str(error)
+    record.seconds[stage] = round(time.perf_counter() - began, 2)
+
+
+def _found(
+    stage: str,
+    settings: AnalysisSettings,
+    subject: Subject | None,
+    weights: Weights,
+    earlier: dict[str, dict[str, Any]],
+    say: Say,
+) -> dict[str, Any]:
+    if stage == BALANCE:
+        return balance.run(weights, settings, say)
+    assert subject is not None
+    if stage == ADVICE:
+        return advice.run(subject, settings, say, earlier)
+    return {ENERGY: energy, WINNERS: winners, GLOBAL: global_winner}[stage].run(subject, settings, say)
+
+
+@contextmanager
+def _bar(stage: str) -> Iterator[Say]:
+    with tqdm(
+        desc=stage, leave=False, bar_format="{desc}: {percentage:3.0f}%|{bar}| {postfix} {remaining} left"
+    ) as bar:
+
+        def say(done: int, total: int, what: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(what, refresh=False)
+            bar.update(done - bar.n)
+
+        yield say

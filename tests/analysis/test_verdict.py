@@ -1,0 +1,95 @@
+"""Verdicts on figures that are made up: on both sides of every limit, and where there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from slicefine.analysis.verdict import FAILS, HOLDS, NOT_MEASURED, PARTLY, PROPERTIES, verdicts
+
+
+def balance(**rho: float) -> dict[str, Any]:
+    summary: dict[str, Any] = {"row": None, "column": None, "head": None}
+    for axis, value in rho.items():
+        summary[axis] = {"rho_median": value, "rho_greatest": 2 * value, "rho_shuffled_median": value / 10}
+    return {"weights": [{}] * 3, "summary": summary}
+
+
+def energy(share: float, untrained: float = 0.6, alignment: float | None = 0.7) -> dict[str, Any]:
+    summary = {"k90_median": 10, "dimension": 100, "share": share, "untrained_share": untrained}
+    return {"summary": summary | {"ntk_alignment_per_weight": alignment}, "ntk": {"r": 5, "axis": "row"}}
+
+
+def winners(low: float, twin: float, *, magnitude: float = 0.01) -> dict[str, Any]:
+    shares = {"1": [0.5, 0.4, 0.6], "16": [low + 0.02, low, low + 0.04]}
+    return {
+        "margin": 0.001,
+        "summary": {
+            "share_by_rank": shares,
+            "share_untrained": {"1": [0.1, 0, 0.2], "16": [twin, 0, 1]},
+            "choice_matters": {"random": 0.01, "mask": 0.008, "magnitude": magnitude, "gradient": None},
+        },
+    }
+
+
+def whole(best: float, one: float) -> dict[str, Any]:
+    run = {"r": 5, "axis": "row", "layers": 6, "active": 100, "share_of_full_drop": best}
+    return {
+        "runs": [run],
+        "full": {"loss_after": 0.3},
+        "steps": 10,
+        "summary": {"best_share": best, "r1_all_layers_share": one},
+    }
+
+
+def of(title: str, stages: dict[str, Any], failed: dict[str, str] | None = None) -> dict[str, Any]:
+    found = {verdict["property"]: verdict for verdict in verdicts(stages, failed or {})}
+    assert len(found) == len(PROPERTIES)
+    return found[title]
+
+
+@pytest.mark.parametrize(
+    ("title", "stage", "found", "verdict", "figure"),
+    [
+        ("spectral balance", "balance", balance(row=0.001, column=0.01), HOLDS, 0.01),
+        ("spectral balance", "balance", balance(row=0.02, column=0.01), PARTLY, 0.02),
+        ("spectral balance", "balance", balance(row=0.11), FAILS, 0.11),
+        ("spectral balance of attention heads", "balance", balance(row=0.001, head=0.2), FAILS, 0.2),
+        ("spectral balance of attention heads", "balance", balance(row=0.001), NOT_MEASURED, None),
+        ("high task energy", "energy", energy(0.1), HOLDS, 0.1),
+        ("high task energy", "energy", energy(0.31), FAILS, 0.31),
+        ("task energy is due to pretraining", "energy", energy(0.1), HOLDS, pytest.approx(0.5)),
+        ("task energy is due to pretraining", "energy", energy(0.4, 0.35), FAILS, pytest.approx(-0.05)),
+        ("slices overlap the task subspace", "energy", energy(0.1), PARTLY, 0.7),
+        ("slices overlap the task subspace", "energy", energy(0.1, alignment=None), NOT_MEASURED, None),
+        ("any wide slice is a local winner", "winners", winners(0.9, 0.1), HOLDS, 0.9),
+        ("any wide slice is a local winner", "winners", winners(0.5, 0.1), PARTLY, 0.5),
+        ("any wide slice is a local winner", "winners", winners(0.4, 0.1), FAILS, 0.4),
+        ("winners are due to pretraining", "winners", winners(0.9, 0.1), HOLDS, pytest.approx(0.82)),
+        ("winners are due to pretraining", "winners", winners(0.9, 0.92), FAILS, pytest.approx(0.0)),
+        ("which slice you pick barely matters", "winners", winners(0.9, 0.1), HOLDS, pytest.approx(1)),
+        ("which slice you pick barely matters", "winners", winners(0.9, 0.1, magnitude=0.04), FAILS, pytest.approx(4)),
+        ("slices across layers are a global winner", "global", whole(0.8, 0.1), PARTLY, 0.8),
+        ("r = 1 suffices", "global", whole(0.8, 0.79), HOLDS, pytest.approx(0.79 / 0.8)),
+        ("r = 1 suffices", "global", whole(0.8, 0.2), FAILS, pytest.approx(0.25)),
+    ],
+)
+def test_limits(title: str, stage: str, found: dict[str, Any], verdict: str, figure: Any) -> None:
+    judged = of(title, {stage: found})
+    assert (judged["verdict"], judged["figure"]) == (verdict, figure)
+    assert "holds if" in judged["threshold"]
+    assert judged["words"].endswith(".")
+
+
+def test_what_was_not_run_or_failed() -> None:
+    assert of("high task energy", {})["words"] == "The stage energy was not run."
+    judged = of("high task energy", {}, {"energy": "There are two examples."})
+    assert (judged["verdict"], judged["words"]) == (NOT_MEASURED, "There are two examples.")
+
+
+def test_a_drop_of_nothing_has_no_ratio() -> None:
+    found = winners(0.9, 0.1)
+    found["summary"]["choice_matters"]["random"] = 0.0
+    assert of("which slice you pick barely matters", {"winners": found})["verdict"] == NOT_MEASURED
+    assert of("r = 1 suffices", {"global": whole(-0.1, -0.2)})["verdict"] == NOT_MEASURED

@@ -45,7 +45,7 @@ def test_the_tables_on_stdout_and_in_the_files(
     captured = capsys.readouterr()
     (page,) = (tmp_path / "out").glob("*.md")
     assert captured.out == page.read_text() + "\n"
-    assert captured.err.splitlines()[-1] == f"{page} (and .json)"
+    assert captured.err.splitlines()[-2:] == [f"{page} (and .json)", f"report: {page.with_suffix('.html')}"]
     record = json.loads(page.with_suffix(".json").read_text())
     assert record["provenance"]["command"].startswith(f"slicefine bench {what} --models vit-base-small")
     methods = [row["method"] for row in record["tables"][0]["rows"]]

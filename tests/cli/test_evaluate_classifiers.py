@@ -48,7 +48,8 @@ def test_a_classifier_as_a_user_does(run: Path, tmp_path: Path, capsys: pytest.C
     assert re.fullmatch(r"8 examples in \d+\.\d s, \d+ examples/s", lines[10])
     assert len(lines) == 11
     bars = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    assert all(line.startswith("sst2: ") for line in bars)
+    assert all(line.startswith("sst2: ") for line in bars[:-1])
+    assert bars[-1] == f"report: {run / 'evaluation' / 'glue' / 'report.html'}"
     assert len((run / "evaluation" / "glue" / "predictions.jsonl").read_text().splitlines()) == 8
     assert main([*command, "--batch_size", "3"]) == 0
     assert "\n12 examples in" in capsys.readouterr().out

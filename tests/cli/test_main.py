@@ -86,7 +86,7 @@ def test_the_flags_of_train_are_a_decision(capsys: pytest.CaptureFixture[str]) -
     [
         (
             ["trian"],
-            "There is no verb 'trian'; there are train, evaluate, plan, bench, export, recipes, demo. Did you mean 'train'?",
+            "There is no verb 'trian'; there are train, evaluate, plan, analyze, bench, export, report, recipes, demo. Did you mean 'train'?",
         ),
         (["--verison"], "There is no argument '--verison' here. Did you mean '--version'?"),
         (
@@ -106,7 +106,10 @@ def test_the_flags_of_train_are_a_decision(capsys: pytest.CaptureFixture[str]) -
         (["train", "a.yaml", "--learning_rate", "3"], "Did you mean '--training.learning_rate'?"),
         (["train", "a.yaml", "--slice.r", "many"], "`slice.r` is a whole number; got many."),
         (["train", "a.yaml", "--slice.slide_every", "None"], "a whole number or null; got None. Write null."),
-        (["train", "a.yaml", "--slice.axis=rows"], "is one of row, column, alternate, coupled; got rows. Did you mean 'row'?"),
+        (
+            ["train", "a.yaml", "--slice.axis=rows"],
+            "is one of row, column, alternate, coupled; got rows. Did you mean 'row'?",
+        ),
         (["train", "a.yaml", "--slice.r"], "--slice.r takes a value: --slice.r VALUE"),
         (["train", "absent.yaml"], "there is none at absent.yaml"),
         (["train", "a.yaml", "b.yaml"], "no argument 'b.yaml' here"),

@@ -38,17 +38,17 @@ def config_only(model_folder: Path, tmp_path: Path) -> Path:
 
 def test_the_configuration_is_all_there_is(config_only: Path, tmp_path: Path) -> None:
     """As a user does: one process. Nothing but our own lines is printed, and nothing is written but what was asked for."""
-    flags = ["--memory", "24GiB", "--examples", "48", "--data.max_length", "16", "--json", str(tmp_path / "plan.json")]
+    flags = ["--memory", "24GiB", "--examples", "48", "--data.max_length", "16", "--output", str(tmp_path / "plan")]
     command = [sys.executable, "-m", "slicefine.cli.main", "plan", str(config_only), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=OFFLINE, cwd=tmp_path)
-    assert done.stderr == ""
+    assert done.stderr == f"report: {tmp_path / 'plan' / 'report.html'}\n"
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["model", "batch", "slices", "parameters", "run", "as"]
     assert lines[-2] == "In 24.00 GiB, 1.00 GiB set aside for what is no tensor: SliceFine-5RC, LoRA-r8, full fit."
-    made = json.loads((tmp_path / "plan.json").read_text())
+    made = json.loads((tmp_path / "plan/plan.json").read_text())
     assert (made["recipe"]["task"], made["steps"], made["recipe"]["data.max_length"]) == ("text-classification", 9, 16)
     assert [method["fits"] for method in made["methods"]] == [True] * 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config", "plan.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config", "plan"]
 
 
 def test_the_model_of_a_recipe(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,11 +62,11 @@ def test_what_is_planned_is_what_the_run_records(
 ) -> None:
     """36 of the 48 examples are for training. Heads are left out: how many classes there are stands in the data."""
     arguments = [str(recipe_file), "--slice.bias", "slicefine_only"]
-    assert main(["plan", *arguments, "--examples", "36", "--json", str(tmp_path / "plan.json")]) == 0
+    assert main(["plan", *arguments, "--examples", "36", "--output", str(tmp_path / "plan")]) == 0
     assert main(["train", *arguments]) == 0
     capsys.readouterr()
     made, record = (
-        json.loads((tmp_path / "plan.json").read_text()),
+        json.loads((tmp_path / "plan/plan.json").read_text()),
         json.loads((tmp_path / "run/record.json").read_text()),
     )
     assert (made["steps"], made["moves"]) == (record["steps"], record["moves"])
@@ -159,7 +159,7 @@ def test_folders_that_hold_no_model_are_refused(
         (["{config}", "--device", "gpus"], "`--device` is gpu or cpu; got 'gpus'. Did you mean 'gpu'?"),
         (["{config}", "--examples", "0"], "`--examples` is at least 1; got 0."),
         (["{config}", "--examples", "many"], "`--examples` is a whole number; got many."),
-        (["{config}", "--json", "nowhere/plan.json"], "there is no folder nowhere"),
+        (["{config}", "--output", "{config}/config.json"], "`--output` is a folder; {config}/config.json is a file."),
         (["{config}", "--data.max_length", "65"], "can read, 64 tokens; got 65"),
         (["{config}", "--slice.r", "0", "--training.max_steps", "0"], "Settings: 2 problems"),
         (["{config}", "--task", "speech"], "`task` is one of text-classification"),

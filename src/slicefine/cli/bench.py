@@ -15,6 +15,7 @@ from slicefine.benchmarking.methods import METHODS, PATTERNS
 from slicefine.benchmarking.models import MODELS
 from slicefine.benchmarking.settings import DEVICES, DTYPES, REFERENCES, SWEEPS, Settings
 from slicefine.cli import bench_quality
+from slicefine.cli.page import write_page
 from slicefine.cli.quiet import quiet
 from slicefine.errors import did_you_mean
 from slicefine.training.extras import require_train
@@ -142,6 +143,7 @@ def run(given: Any) -> int:
     report = bench.run(what, settings, shlex.join(["slicefine", *sys.argv[1:]]))
     print(report.markdown())
     print(f"{report.path} (and .json)", file=sys.stderr)
+    write_page(report.path.with_suffix(".json"))
     if report.status == "interrupted":
         print("Interrupted; what was measured is written.", file=sys.stderr)
         return 130

@@ -13,6 +13,7 @@ from slicefine.benchmarking.methods import PATTERNS
 from slicefine.benchmarking.quality_settings import TRAINED, QualitySettings
 from slicefine.benchmarking.suite import settable
 from slicefine.benchmarking.variants import CHOICES, EIGHTH
+from slicefine.cli.page import write_page
 from slicefine.cli.quiet import quiet
 from slicefine.training import schema
 from slicefine.training.extras import require_train
@@ -138,6 +139,7 @@ def run(given: Any) -> int:
     report = quality_report.run(settings, shlex.join(["slicefine", *sys.argv[1:]]))
     print(report.markdown())
     print(f"{report.path} (and .json)", file=sys.stderr)
+    write_page(report.path.with_suffix(".json"))
     if report.status == "interrupted":
         print(
             f"Interrupted; finished runs are in {settings.cells}: the same command goes on with the others.",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
+from slicefine.cli.page import write_page
 from slicefine.cli.quiet import quiet
 from slicefine.evaluation.settings import ENGINES, Settings
 from slicefine.evaluation.suites import LABELLED, NAMES, SUITES
@@ -118,6 +119,8 @@ def run(given: Any) -> int:
 
     result = evaluate(settings)
     print(summary(result))
+    if result.folder is not None:
+        write_page(result.folder)
     return 130 if result.status == "interrupted" else 0
 
 

@@ -50,11 +50,11 @@ def _run(arguments: list[str]) -> int:
     try:
         from jsonargparse import ArgumentParser
 
-        from slicefine.cli import bench, demo, evaluate, export, plan, recipes, train
+        from slicefine.cli import analyze, bench, demo, evaluate, export, plan, recipes, report, train
     except ModuleNotFoundError as error:
         raise SliceFineError(f"The command line needs {error.name}: pip install 'slicefine[train]'") from error
 
-    verbs = {module.NAME: module for module in (train, evaluate, plan, bench, export, recipes, demo)}
+    verbs = {module.NAME: module for module in (train, evaluate, plan, analyze, bench, export, report, recipes, demo)}
     parser = ArgumentParser(
         prog="slicefine",
         description="Fine-tune pretrained models by training sliding slices of the weights that are already there.",

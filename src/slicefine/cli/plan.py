@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import ArgumentError
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser
 
 from slicefine.benchmarking.models import MODELS
+from slicefine.cli.page import write_page
 from slicefine.cli.quiet import quiet
 from slicefine.errors import SliceFineError, did_you_mean
 from slicefine.training import schema
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from slicefine.benchmarking.planning import Plan
 
 NAME = "plan"
+FILE = "plan.json"
 HELP = (
     "Say what a run will cost, in parameters and memory, before anything but the model's configuration is downloaded."
 )
@@ -30,7 +33,7 @@ DEVICES = ("gpu", "cpu")
 def add(parser: ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.usage = (
-        "slicefine plan MODEL [RECIPE] [--memory 24GiB] [--examples N] [--json FILE] [--section.setting VALUE ...]"
+        "slicefine plan MODEL [RECIPE] [--memory 24GiB] [--examples N] [--output DIR] [--section.setting VALUE ...]"
     )
     parser.add_argument(
         "of.model",  # `model` is the section of `--model.dtype`
@@ -47,9 +50,15 @@ def add(parser: ArgumentParser) -> None:
         "--examples", type=int, metavar="N", help="Training examples, for the length of the run; null = not known"
     )
     parser.add_argument(
-        "--json", type=str, metavar="FILE", help="Write all numbers to this file as well, sizes in bytes"
+        "--output",
+        type=str,
+        metavar="DIR",
+        help="Folder for plan.json, with all numbers, sizes in bytes, and report.html; null = none",
     )
-    schema.add_arguments(parser, Recipe)
+    schema.add_arguments(parser, Recipe, [key for key in schema.settings(Recipe) if "." in key])
+    parser.add_argument(
+        "--task", type=str, help="What the model learns; null = as the recipe or the model's class says"
+    )
 
 
 def explain(error: ArgumentError) -> str | None:
@@ -73,13 +82,17 @@ def run(given: Any) -> int:
     memory = None if given.get("memory") is None else parse_memory(given.memory)
     made = _plan(given, memory)
     print(text(made))
-    if given.get("json"):
-        import json
-
-        from slicefine.training.record import write_atomically
-
-        write_atomically(Path(given.json), json.dumps(as_dict(made), indent=2) + "\n")
+    if given.get("output"):
+        _write(Path(given.output), as_dict(made))
     return 0
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
+    from slicefine.training.record import write_atomically
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / FILE, json.dumps(content, indent=2) + "\n")
+    write_page(folder)
 
 
 def _problems(given: Any) -> list[str]:
@@ -91,8 +104,8 @@ def _problems(given: Any) -> list[str]:
         found.append(f"`--examples` is at least 1; got {given.examples}.")
     if "model.name" in vars(given.as_flat()) and (given.get("recipe") or not _is_recipe(given.of.model)):
         found.append("`--model.name` is what MODEL says already. Leave it out.")
-    if given.get("json") and not Path(given.json).parent.is_dir():
-        found.append(f"`--json` is a file in a folder that exists; there is no folder {Path(given.json).parent}.")
+    if given.get("output") and Path(given.output).is_file():
+        found.append(f"`--output` is a folder; {given.output} is a file.")
     return found
 
 

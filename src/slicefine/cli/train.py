@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from argparse import ArgumentError
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
+from slicefine.cli.page import write_page
 from slicefine.cli.quiet import quiet
 from slicefine.errors import SliceFineError, listed
 from slicefine.training import schema
@@ -71,7 +73,17 @@ def run(given: Any) -> int:
         allow_inexact_resume=bool(given.get("allow_inexact_resume")),
     )
     print(summary(record, recipe.output))
+    if record.status == "finished":
+        _count_memory(recipe, record)
+    write_page(recipe.output)
     return 130 if record.status == "interrupted" else 0
+
+
+def _count_memory(recipe: Recipe, record: RunRecord) -> None:
+    from slicefine.benchmarking import run_memory
+
+    with contextlib.suppress(SliceFineError):  # a run that cannot be planned: its report has no memory by part
+        run_memory.write(recipe.resolved(), record)
 
 
 def _file(name: str) -> Path:

@@ -586,6 +586,7 @@ def together() -> dict[str, Any]:
                         "layer_indices": list(range(0, 6, 6 // layers))[:layers],
                         "r": r,
                         "axis": axis,
+                        "moves": 7 if layers == 6 and r == 5 else 0,
                         "active": 3168 * r * layers,
                         "loss_after": 1.79 - share * 1.4,
                         "share_of_full_drop": share,

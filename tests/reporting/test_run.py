@@ -28,8 +28,10 @@ def test_where_pages_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     one, two = reported.plan(tmp_path / "one"), reported.plan(tmp_path / "two")
     assert write([one]) == one / "report.html"
     assert write([one, two]) == Path("report.html")
+    speed = reported.benchmark(tmp_path / "bench")
+    assert write([speed]) == speed.with_suffix(".html"), "a folder may have several"
     assert write([one], tmp_path / "other.HTML") == tmp_path / "other.HTML"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other.HTML", "report.html", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench", "one", "other.HTML", "report.html", "two"]
     assert sorted(path.name for path in one.iterdir()) == ["plan.json", "report.html"]
 
 

@@ -25,7 +25,8 @@ def add(parser: ArgumentParser) -> None:
         "--output",
         type=str,
         metavar="FILE",
-        help="HTML file to write; null = report.html in the folder of the run, or for several in the working directory",
+        help="HTML file to write; null = report.html in the folder of the run (of a benchmark: beside its file, under its name), or for "
+        "several in the working directory",
     )
 
 

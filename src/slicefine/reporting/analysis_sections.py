@@ -186,6 +186,7 @@ def _global(stage: Found) -> Section:
                 "layers": one.get("layers"),
                 "r": one.get("r"),
                 "axis": one.get("axis"),
+                "moves": one.get("moves"),
                 "trained at a step": one.get("active"),
                 "loss after": one.get("loss_after"),
                 "of the drop of full tuning": percent(one.get("share_of_full_drop")),

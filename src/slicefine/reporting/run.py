@@ -62,9 +62,8 @@ def write_beside(path: Path, say: Callable[[str], None]) -> Path | None:
         return write([path])
     except SliceFineError as error:
         say(f"No report.html. {error}")
-    except (
-        Exception
-    ) as error:  # what the command was for is done, and its record is whole: a page is not worth its exit code
+    except Exception as error:
+        # What the command was for is done, and its record is whole: a page is not worth its exit code.
         say(f"No report.html. {type(error).__name__}: {error}")
     return None
 

@@ -10,7 +10,7 @@ from slicefine.reporting.charts import Dot, Line, chart, lines, logarithmic, nam
 from slicefine.reporting.page import Chart, Key
 from slicefine.reporting.palette import INK, MUTED, SERIES, ramp
 from slicefine.reporting.text import count, decimal, finite, interval, percent, plural
-from slicefine.reporting.thinning import spaced
+from slicefine.reporting.thinning import Point, spaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,31 +170,32 @@ def gradients(trials: Sequence[Found]) -> Chart | None:
 
 
 def together(runs: Sequence[Found]) -> Chart:
-    """Share of the loss drop of full tuning over the number of layers, a line a rank."""
-    by_rank: dict[tuple[Any, str], list[tuple[float, float]]] = {}
+    """Share of the loss drop of full tuning over the number of layers, a line a rank and axis, and those that move apart."""
+    lines_of: dict[tuple[float, str, bool], list[Point]] = {}
     for one in runs:
-        share = finite(one.get("share_of_full_drop"))
-        if share is not None and finite(one.get("layers")) is not None:
-            by_rank.setdefault((one.get("r"), str(one.get("axis"))), []).append((float(one["layers"]), share))
-    several = len({axis for _, axis in by_rank}) > 1
-    ranks = sorted({rank for rank, _ in by_rank}, key=lambda rank: (finite(rank) or 0.0, str(rank)))
-    styles = dict(
-        zip(dict.fromkeys(axis for _, axis in by_rank), ("line", "dashed", "dotted", "dashdot"), strict=False)
-    )
+        share, layers = finite(one.get("share_of_full_drop")), finite(one.get("layers"))
+        if share is not None and layers is not None:
+            key = (finite(one.get("r")) or 0.0, str(one.get("axis")), bool(one.get("moves")))
+            lines_of.setdefault(key, []).append((layers, share))
+    ranks = sorted({rank for rank, _, _ in lines_of})
+    kinds = list(dict.fromkeys((axis, moving) for _, axis, moving in lines_of))
+    several_axes, some_move = len({axis for axis, _ in kinds}) > 1, len({moving for _, moving in kinds}) > 1
     drawn = [
         Line(
-            name=f"r = {rank}{', ' + axis if several else ''}",
+            name=f"r = {rank:g}{', ' + axis if several_axes else ''}{', moving' if some_move and moving else ''}",
             points=sorted(points),
             colour=ramp(ranks.index(rank) + 1, len(ranks) + 1),
-            style=styles.get(axis, "line"),
+            style=("line", "dashed", "dotted", "dashdot")[kinds.index((axis, moving)) % 4],
             dots=True,
         )
-        for (rank, axis), points in sorted(by_rank.items(), key=lambda item: (finite(item[0][0]) or 0.0, item[0][1]))
+        for (rank, axis, moving), points in sorted(lines_of.items())
     ]
     best = max(runs, key=lambda one: finite(one.get("share_of_full_drop")) or -math.inf)
     words = (
         f"The most that is reached: {percent(best.get('share_of_full_drop'))}, by r = {best.get('r')} in {plural(best.get('layers'), 'layer')} "
         f"({count(best.get('active'))} parameters at a step)."
+        if drawn
+        else "Full tuning hardly lowers the loss in so few steps: there is no drop to have a share of."
     )
     return lines(
         "together",

@@ -54,10 +54,10 @@ class Effort:
 
 
 FULL = Effort(
-    amounts=Amounts(size=16, fitted=48, watched=16, steps=48, held_out=6), iterations=20, points=6, rates=(3e-3, 1e-2, 3e-2)
+    amounts=Amounts(size=16, fitted=48, watched=16, steps=48, choosing=8, held_out=6), iterations=20, points=6, rates=(3e-3, 1e-2, 3e-2)
 )  # fmt: skip
 QUICK = Effort(
-    amounts=Amounts(size=8, fitted=24, watched=12, steps=11, held_out=6), iterations=10, points=3, rates=(1e-2, 3e-2)
+    amounts=Amounts(size=8, fitted=24, watched=12, steps=10, choosing=2, held_out=6), iterations=10, points=2, rates=(1e-2, 3e-2)
 )  # fmt: skip
 
 
@@ -211,6 +211,8 @@ def judged(r: int, before: float, after: Mapping[int, float]) -> tuple[bool, str
             False,
             f"{begin} A narrower slice does as well: r = {r} is wider than it has to be here, try r = {below}.",
         )
+    if above is None:
+        return True, f"{begin} A narrower slice does clearly worse."
     return True, f"{begin} A wider slice hardly does better" + (
         "." if below is None else ", a narrower one clearly worse."
     )

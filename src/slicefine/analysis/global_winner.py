@@ -45,17 +45,17 @@ class Effort:
     """Of the head alone."""
     slices: tuple[float, ...]
     """Of slices."""
-    halves: bool
-    """Whether half of the blocks are tried, and slices that move."""
+    parts: bool
+    """Whether fewer layers than all are tried, and slices that move."""
 
 
 FULL = Effort(
-    amounts=Amounts(size=16, fitted=48, watched=16, steps=36, held_out=6), iterations=20, points=4,
-    full=(1e-4, 3e-4, 1e-3), head=(1e-3, 1e-2), slices=(3e-3, 1e-2, 3e-2), halves=True,
+    amounts=Amounts(size=16, fitted=48, watched=16, steps=36, choosing=8, held_out=6), iterations=20, points=4,
+    full=(1e-4, 3e-4, 1e-3), head=(1e-3, 1e-2), slices=(3e-3, 1e-2, 3e-2), parts=True,
 )  # fmt: skip
 QUICK = Effort(
-    amounts=Amounts(size=8, fitted=24, watched=12, steps=8, held_out=6), iterations=10, points=2,
-    full=(3e-4, 1e-3), head=(1e-2,), slices=(1e-2, 3e-2), halves=False,
+    amounts=Amounts(size=8, fitted=24, watched=12, steps=8, choosing=2, held_out=6), iterations=10, points=1,
+    full=(3e-4, 1e-3), head=(1e-2,), slices=(1e-2, 3e-2), parts=False,
 )  # fmt: skip
 
 
@@ -69,19 +69,19 @@ class Plan:
     """Indices of blocks; None = every weight, those outside of the blocks too."""
 
 
-def plans_for(count: int, ranks: Sequence[int], *, halves: bool) -> list[Plan]:
+def plans_for(count: int, ranks: Sequence[int], *, parts: bool) -> list[Plan]:
     """Runs of slices in a model of `count` blocks, from the fewest layers to all, each with all ranks.
 
     Args:
-        halves: Whether half of the blocks are tried, and slices that move.
+        parts: Whether fewer layers than all are tried, and slices that move.
     """
-    numbers = sorted({1, max(count // 2, 1)} if halves else {1}) if count > 1 else []
+    numbers = sorted({1, count // 2}) if parts and count > 1 else []
     plans = [
         Plan(r=r, axis=ROW, blocks=tuple(spread(count, number)) if number < count else None)
         for number in [*numbers, count]
         for r in ranks
     ]
-    return plans + [Plan(r=r, axis=ALTERNATE, blocks=None) for r in ranks if halves]
+    return plans + [Plan(r=r, axis=ALTERNATE, blocks=None) for r in ranks if parts]
 
 
 def spread(count: int, number: int) -> list[int]:
@@ -93,7 +93,7 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
     """The share of the loss drop of full tuning that slices reach, as JSON values (see `docs/analysis.md` for the layout)."""
     effort = QUICK if settings.quick else FULL
     count = len(stack_of(subject.model, subject.places))
-    plans = plans_for(count, settings.ranks, halves=effort.halves)
+    plans = plans_for(count, settings.ranks, parts=effort.parts)
     head_rates = effort.head if subject.new_modules else ()
     total, done = len(effort.full) + len(head_rates) + len(plans) * len(effort.slices), 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slicefine.analysis.portions import draw, numbers_in, rows, size_for
@@ -22,7 +23,9 @@ class Amounts:
     watched: int
     """Others, by which the fit is chosen."""
     steps: int
-    """Steps of a trial or of a run, each on a batch of its own; one more is drawn."""
+    """Batches of steps, one for each."""
+    choosing: int
+    """Others, by which a learning rate is chosen."""
     held_out: int
     """Batches that judge."""
 
@@ -35,28 +38,41 @@ class Material:
     """Empty, as `watched`, where there is no new head."""
     watched: list[Batch]
     train: list[Batch]
-    """One more than there are steps."""
+    """Of the steps."""
+    choosing: list[Batch]
     held_out: list[Batch]
 
     @classmethod
     def drawn(cls, subject: Subject, amounts: Amounts, *, seed: int) -> Material:
         """Draw them. Raises `SliceFineError` where there are no examples."""
-        size, batches = size_for(subject, amounts.size), amounts.steps + 1
+        size = size_for(subject, amounts.size)
         (one,) = subject.batches("train", size=1, count=1, seed=seed)
-        for_head = amounts.fitted + amounts.watched if subject.new_modules else 0
-        count = max(min(batches + for_head, NUMBERS // (numbers_in(one) * size)), 1)
-        pieces = draw(subject, "train", size=size, count=count, seed=seed)
-        # Of few examples the steps get no more than half, and get them again and again.
-        own = min(batches, max(len(pieces) // 2, 1)) if for_head else len(pieces)
-        train, rest = pieces[:own], (pieces[own:] or pieces) if for_head else []
-        watched = max(len(rest) * amounts.watched // for_head, 1) if for_head else 0
+        for_head = (amounts.fitted, amounts.watched) if subject.new_modules else (0, 0)
+        parts = (*for_head, amounts.choosing, amounts.steps)
+        count = max(min(sum(parts), NUMBERS // (numbers_in(one) * size)), 1)
+        fitted, watched, choosing, train = dealt(draw(subject, "train", size=size, count=count, seed=seed), parts)
         return cls(
-            fitted=rest[watched:] or rest,
-            watched=rest[:watched],
-            train=[train[number % len(train)] for number in range(batches)],
+            fitted=fitted,
+            watched=watched,
+            train=[train[number % len(train)] for number in range(amounts.steps)],
+            choosing=choosing,
             held_out=draw(subject, "validation", size=size, count=amounts.held_out, seed=seed),
         )
 
     def summary(self) -> dict[str, int]:
         """Examples of a step and held-out ones, as JSON values."""
         return {"step": max(map(rows, self.train)), "held_out": sum(map(rows, self.held_out))}
+
+
+def dealt(batches: Sequence[Batch], parts: Sequence[int]) -> list[list[Batch]]:
+    """`batches` cut into as many parts, of these sizes, or in about these proportions if there are fewer.
+
+    Each part that is wanted has at least one; where there are fewer batches than that, parts share them.
+    """
+    share = min(len(batches) / sum(parts), 1.0)
+    dealt, at = list[list[Batch]](), 0
+    for part in parts:
+        end = at + max(int(part * share), 1) if part else at
+        dealt.append([batches[number % len(batches)] for number in range(at, end)])
+        at = end
+    return dealt

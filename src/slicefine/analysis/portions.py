@@ -30,7 +30,7 @@ def draw(subject: Subject, split: Split, *, size: int, count: int, seed: int) ->
     """
     number = max(min(size * count, subject.count(split)), 1)
     (one,) = subject.batches(split, size=1, count=1, seed=seed)
-    calls = -(-number * numbers_in(one) // AT_ONCE)
+    calls = min(-(-number * numbers_in(one) // AT_ONCE), -(-number // size))
     wholes = subject.batches(split, size=number // calls, count=calls, seed=seed)
     if rows(wholes[0]) < number // calls:  # packed into one row: what is to be apart has to be drawn apart
         return subject.batches(split, size=min(size, number), count=max(number // size, 1), seed=seed)

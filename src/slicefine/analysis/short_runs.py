@@ -3,8 +3,8 @@
 The runs see the same batches in the same order, in eval mode (no dropout), with AdamW without weight decay, gradients clipped to a norm of 1
 and a learning rate that falls to zero in a straight line. New heads are trained along in full in every run, as SliceFine does.
 
-A learning rate is chosen by the loss of each batch before it is trained on, over the second half of the steps: examples that the model
-has not seen, and not the held-out ones, by which the runs are judged.
+A learning rate is chosen by the loss, after the last step, of training examples that were in none of the steps, and not by the held-out ones, by
+which the runs are judged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from slicefine.analysis.losses import mean_value
 from slicefine.analysis.material import Material
 from slicefine.analysis.resumed import list_of
-from slicefine.analysis.subject import Subject
+from slicefine.analysis.subject import Batch, Subject
 from slicefine.analysis.tuned_head import head_of
 from slicefine.errors import SliceFineError
 from slicefine.tuner import SliceFineConfig, parameter_counts
@@ -43,8 +43,8 @@ class Course:
     """Learning rate at its start."""
     curve: Curve
     """Begins with the loss at the start."""
-    score: float
-    """Mean loss of the batches of the second half before they were trained on; inf if a loss was not finite."""
+    choosing: float
+    """Loss, at the end, of the examples by which a rate is chosen; inf if it or the held-out loss is not finite."""
     active: int
     """Entries of slices that a step trains; 0 where none are."""
 
@@ -68,7 +68,7 @@ class ShortRuns:
 
     Args:
         start: The model to start from, its head fitted; it stays as it is.
-        data: One training batch more than the runs have steps.
+        data: Its examples; there is a batch for every step.
         points: How many times a run is judged on the way and at its end.
         tell: Called after every run.
     """
@@ -78,19 +78,19 @@ class ShortRuns:
     ) -> None:
         self._subject, self._start, self._data, self._tell = subject, start, data, tell
         self._judged = {round(point * self.steps / points) for point in range(1, points + 1)}
-        self.before = self._judge(start)
+        self.before = self._mean(start, data.held_out)
         """Held-out loss at the start."""
 
     @property
     def steps(self) -> int:
         """Of a run."""
-        return len(self._data.train) - 1
+        return len(self._data.train)
 
     def best(self, prepare: Prepare, rates: Sequence[float]) -> Course:
         """The run with the best of `rates`. Raises `SliceFineError` if the loss is not finite with any of them."""
         courses = [self._run(prepare(copy.deepcopy(self._start)), rate) for rate in rates]
-        best = min(courses, key=lambda course: course.score)
-        if not math.isfinite(best.score):
+        best = min(courses, key=lambda course: course.choosing)
+        if not math.isfinite(best.choosing):
             raise SliceFineError(
                 f"A short run needs a learning rate with which the loss stays finite; none of {list(rates)} is one, from a held-out loss of "
                 f"{self.before:.4g} on. Look for NaN in the weights and in the data."
@@ -101,29 +101,22 @@ class ShortRuns:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
         curve: Curve = [[0, self.before]]
-        losses = list[float]()
         active = parameter_counts(model).active if isinstance(model, PeftModel) else 0
         for step, batch in enumerate(self._data.train):
-            last = step == self.steps
-            with torch.set_grad_enabled(not last):
-                loss = self._subject.loss(model, batch)
-            losses.append(float(loss.detach()))
-            if last or not math.isfinite(losses[-1]):
-                break
             optimizer.param_groups[0]["lr"] = rate * (1 - step / self.steps)
-            loss.backward()
+            self._subject.loss(model, batch).backward()
             torch.nn.utils.clip_grad_norm_(trained, CLIP)
             optimizer.step()
             optimizer.zero_grad()
             if step + 1 in self._judged:
-                curve.append([step + 1, self._judge(model)])
-        second = losses[1 + self.steps // 2 :]
-        finite = len(losses) == self.steps + 1 and all(math.isfinite(value) for value in (*losses, curve[-1][1]))
+                curve.append([step + 1, self._mean(model, self._data.held_out)])
+        choosing = self._mean(model, self._data.choosing)
+        finite = all(math.isfinite(loss) for loss in (choosing, *(loss for _, loss in curve)))
         self._tell()
-        return Course(rate=rate, curve=curve, score=sum(second) / len(second) if finite else math.inf, active=active)
+        return Course(rate=rate, curve=curve, choosing=choosing if finite else math.inf, active=active)
 
-    def _judge(self, model: nn.Module) -> float:
-        return mean_value(lambda batch: self._subject.loss(model, batch), self._data.held_out)
+    def _mean(self, model: nn.Module, batches: Sequence[Batch]) -> float:
+        return mean_value(lambda batch: self._subject.loss(model, batch), batches)
 
 
 def slices(

@@ -4,22 +4,20 @@ The definitions are the paper's. With M the mask of a slice, the *restricted gra
 that is not zero and some update on it alone lowers the loss by a margin: `L(theta + M . U) <= L(theta) - delta`.
 
 How an update is looked for is our choice. A trial makes a few steps of Adam, each on a new batch of training examples, once for each of a few
-learning rates, the same for every trial. Before a step, its batch tells what the steps so far have brought, against the loss it had at the
-start: they have not seen it, so the rate for which that is best on average is chosen honestly, and without further passes. Its end point
-alone is judged, on held-out batches, which have no part in any choice. All passes are in eval mode, without dropout, and on the same
-batches before and after: a trial that changes nothing leaves the loss as it was in every bit.
+learning rates, the same for every trial. Of the end points the one with the least loss of yet other training examples is chosen, or the start
+if none is better; it alone is judged, on held-out batches, which have no part in any choice. All passes are in eval mode, without dropout, and on
+the same batches before and after: a trial that changes nothing leaves the loss as it was in every bit.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slicefine.analysis.losses import Loss, gradients, mean_gradients, mean_value, value
+from slicefine.analysis.losses import Loss, gradients, mean_gradients, mean_value
 from slicefine.analysis.subject import Batch
 from slicefine.kernel import vectors
 from slicefine.slicing import SLICE_AXES, Shape, Slice
@@ -116,25 +114,29 @@ class Trials:
 
     Args:
         loss: Of a batch, from the weights as they are; differentiable.
-        train: One batch more than there are steps: the last one is not trained on.
+        train: A batch for every step.
+        choosing: Other batches, by which a learning rate is chosen.
         held_out: By which trials are judged.
         rates: Learning rates to choose from.
     """
 
-    def __init__(self, loss: Loss, train: Sequence[Batch], held_out: Sequence[Batch], rates: Sequence[float]) -> None:
-        self._loss, self._train, self._held_out, self._rates = loss, train, held_out, rates
-        self._first = [value(loss, batch) for batch in train]
+    def __init__(
+        self,
+        loss: Loss,
+        train: Sequence[Batch],
+        choosing: Sequence[Batch],
+        held_out: Sequence[Batch],
+        rates: Sequence[float],
+    ) -> None:
+        self._loss, self._train, self._choosing, self._held_out = loss, train, choosing, held_out
+        self._rates = rates
+        self._first = mean_value(loss, choosing)
         self.before = mean_value(loss, held_out)
         """Mean held-out loss at the start."""
 
-    @property
-    def steps(self) -> int:
-        """Of a trial, for each rate."""
-        return len(self._train) - 1
-
     def gradients(self, places: Sequence[Place]) -> list[Tensor]:
         """Gradients of the mean loss of the batches that trials train on, at the start; in the layout of the stored parameters, fp32."""
-        return mean_gradients(self._loss, [place.stored for place in places], self._train[:-1])[1]
+        return mean_gradients(self._loss, [place.stored for place in places], self._train)[1]
 
     def train_alone(self, part: Part, *, noise: torch.Generator | None = None) -> Outcome:
         """Train `part` and nothing else, and put everything back, whatever happens.
@@ -143,39 +145,30 @@ class Trials:
             noise: Draw the directions of the steps at random instead of computing gradients: what a trial finds by chance alone.
         """
         original = part.values()
-        chosen, best, values = None, 0.0, original
+        chosen, best, values = None, self._first, original
         try:
             for rate in self._rates:
-                gain = self._walk(part, original, rate, noise)
-                if gain < best:
-                    chosen, best, values = rate, gain, part.values()
+                self._walk(part, original, rate, noise)
+                loss = mean_value(self._loss, self._choosing)
+                if loss < best:  # never if it is NaN
+                    chosen, best, values = rate, loss, part.values()
             part.put(values)
             after = self.before if chosen is None else mean_value(self._loss, self._held_out)
         finally:
             part.put(original)
         return Outcome(before=self.before, after=after, rate=chosen)
 
-    def _walk(self, part: Part, original: Tensor, rate: float, noise: torch.Generator | None) -> float:
-        """Make the steps; returns by how much the loss of batches not yet trained on has changed, on average; inf if it is not finite."""
+    def _walk(self, part: Part, original: Tensor, rate: float, noise: torch.Generator | None) -> None:
+        """Make the steps from the start."""
         # What is trained stays in fp32 and is rounded into the weight, as the kernel's masters are.
         master = original.float().clone()
         optimizer = torch.optim.Adam([master], lr=rate)
         part.put(original)
-        changes = list[float]()
-        for number, batch in enumerate(self._train):
-            if number == self.steps or noise is not None:
-                loss, gradient = value(self._loss, batch), None
-            else:
-                loss, (gradient,) = gradients(self._loss, [part.place.stored], batch)
-            if not math.isfinite(loss):
-                return math.inf
-            changes += [loss - self._first[number]] if number else []
-            if number == self.steps:
-                break
-            if gradient is None:
-                master.grad = torch.randn(master.shape, generator=noise).to(master.device)
-            else:
+        for batch in self._train:
+            if noise is None:
+                _, (gradient,) = gradients(self._loss, [part.place.stored], batch)
                 master.grad = gradient.take(part.entries).float()
+            else:
+                master.grad = torch.randn(master.shape, generator=noise).to(master.device)
             optimizer.step()
             part.put(master)
-        return sum(changes) / len(changes)

@@ -23,7 +23,7 @@ from slicefine.analysis.losses import mean_gradients, mean_value
 from slicefine.analysis.resumed import Resumed, stack_of
 from slicefine.analysis.subject import Batch, Subject
 
-PENALTIES = tuple(10.0**-power for power in range(8))
+PENALTIES = tuple(10.0**-power for power in range(2, 9))
 """On the squared distance, summed over all weights: from what hardly lets the head move to what leaves it free."""
 
 

@@ -46,8 +46,6 @@ MARGIN = 0.01
 """Share of the held-out loss by which it has to fall at least. Our choice; the paper gives its delta no value."""
 CHANCE = 0.95
 """Share of trials in random directions that are no winners."""
-RATES = (0.03, 0.1, 0.3)
-"""Learning rates of Adam that every trial chooses from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +56,8 @@ class Effort:
     """For heads and trials."""
     iterations: int
     """Of the fit of a head, for each penalty."""
+    rates: tuple[float, ...]
+    """Learning rates of Adam that every trial chooses from: one row alone takes longer steps than sixteen columns do."""
     each: int
     """Random slices of every kind of weight, axis and rank."""
     untrained: int
@@ -69,10 +69,12 @@ class Effort:
 
 
 FULL = Effort(
-    amounts=Amounts(size=16, fitted=48, watched=16, steps=6, held_out=6), iterations=20, each=3, untrained=2, compared=1
+    amounts=Amounts(size=16, fitted=48, watched=16, steps=5, choosing=4, held_out=6), iterations=20, rates=(0.03, 0.3),
+    each=3, untrained=2, compared=1,
 )  # fmt: skip
 QUICK = Effort(
-    amounts=Amounts(size=8, fitted=24, watched=12, steps=3, held_out=6), iterations=10, each=1, untrained=1, compared=1, kinds=2
+    amounts=Amounts(size=8, fitted=24, watched=12, steps=4, choosing=2, held_out=6), iterations=10, rates=(0.1,),
+    each=1, untrained=1, compared=1, kinds=2,
 )  # fmt: skip
 
 
@@ -135,7 +137,7 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
     for label, plan in plans.items():
         model = subject.copy() if label == name else subject.untrained(seed)
         heads[label] = tune_head(subject, model, data.fitted, data.watched, iterations=effort.iterations)
-        trials += [{"model": label, **trial} for trial in _tried(subject, model, plan, data, progress)]
+        trials += [{"model": label, **trial} for trial in _tried(subject, model, plan, data, effort.rates, progress)]
     by_chance = [trial for trial in trials if trial["choice"] == NOISE]
     margin = max(MARGIN, quantile([0.0 - trial["change"] for trial in by_chance], CHANCE))
     for trial in trials:
@@ -144,7 +146,7 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
     return {
         "margin": margin,
         "steps": effort.amounts.steps,
-        "learning_rates": list(RATES),
+        "learning_rates": list(effort.rates),
         "baseline": "a new head fitted to the frozen model" if subject.new_modules else "the model as it is",
         "examples": data.summary(),
         "heads": heads,
@@ -173,6 +175,7 @@ def _tried(
     model: PreTrainedModel,
     plan: Iterable[tuple[Site, list[str]]],
     data: Material,
+    rates: Sequence[float],
     progress: _Progress,
 ) -> list[dict[str, Any]]:
     """The trials of a model, block by block: what is below a block is computed once for all of its trials."""
@@ -188,7 +191,7 @@ def _tried(
         # Outside of the blocks a weight is above all of them, or it turns out that nothing can be skipped.
         skipped = stack if isinstance(block, str) else stack[:block]
         resumed = Resumed(subject, model, skipped, [places[name].stored for name in names])
-        trials = Trials(resumed.loss, data.train, data.held_out, RATES)
+        trials = Trials(resumed.loss, data.train, data.choosing, data.held_out, rates)
         gradients = dict(zip(names, trials.gradients([places[name] for name in names]), strict=True))
         for site, choices in here:
             for choice in choices:

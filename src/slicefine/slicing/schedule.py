@@ -90,6 +90,11 @@ class Schedule:
         """Whether optimizer step number `step` (counted from 0) trains the weight."""
         return self.window is None or self.window.active(step)
 
+    @property
+    def rests(self) -> bool:
+        """Whether there are optimizer steps that do not train the weight."""
+        return self.window is not None and not all(self.window.turns)
+
     def own(self, step: int) -> int:
         """How many of the first `step` optimizer steps train the weight."""
         return step if self.window is None else self.window.own(step)

@@ -21,13 +21,18 @@ class Window:
     block: int
     """Index of the block."""
 
+    @property
+    def turns(self) -> tuple[bool, ...]:
+        """Which turns train the block."""
+        return tuple(self.block >= lowest for lowest in self.lowest)
+
     def active(self, step: int) -> bool:
         """Whether optimizer step number `step` (counted from 0) trains the block."""
         return self.block >= self.lowest[step // self.every % len(self.lowest)]
 
     def own(self, step: int) -> int:
         """How many of the first `step` optimizer steps train the block."""
-        turns = [self.block >= lowest for lowest in self.lowest]
+        turns = self.turns
         whole, rest = divmod(step, self.every)
         rounds, done = divmod(whole, len(turns))
         return self.every * (rounds * sum(turns) + sum(turns[:done])) + rest * turns[done]

@@ -16,6 +16,8 @@ from slicefine.tuner.seal import Seal
 
 BIASES = ("none", "slicefine_only")
 ALL_LINEAR = "all-linear"
+DEPTH_EVERY = 25
+"""Optimizer steps of each turn of a depth window, where nothing else is said."""
 HOW_TO_LOAD = """\
 ## How to load this adapter
 
@@ -62,7 +64,7 @@ class SliceFineConfig(PeftConfig):
         couplings: With `axis="coupled"`, name of a target -> where the hidden features are in it. Found when the adapter is attached, and
             saved with it; for a model whose inputs its configuration does not tell, `slicefine.couplings(model, config, batch)` gives them.
         depth_window: Indices of blocks: each in turn is the lowest one that is trained. Below it nothing is trained and backpropagation
-            ends, which saves time and memory. With `[0, 2, 4]` all blocks are trained for a third of the run.
+            ends, which saves time and, in that turn, memory. With `[0, 2, 4]` all blocks are trained for a third of the run.
         depth_every: Optimizer steps of each turn.
         depth_stack: Name of the list of blocks, found when the adapter is attached, and saved with it.
         init_weights: False adds noise to the first slice. For tests only.
@@ -104,7 +106,7 @@ class SliceFineConfig(PeftConfig):
         default=None,
         metadata={"help": "Indices of blocks, each in turn the lowest one that is trained; None = all are."},
     )
-    depth_every: int = field(default=25, metadata={"help": "Optimizer steps of each turn of depth_window."})
+    depth_every: int = field(default=DEPTH_EVERY, metadata={"help": "Optimizer steps of each turn of depth_window."})
     depth_stack: str | None = field(
         default=None, metadata={"help": "With depth_window: name of the list of blocks; found when None."}
     )
@@ -191,6 +193,8 @@ class SliceFineConfig(PeftConfig):
             )
         if not _is_index(self.depth_every) or self.depth_every < 1:
             found.append(f"`depth_every` is a number of optimizer steps, at least 1; got {self.depth_every!r}.")
+        elif window is None and self.depth_every != DEPTH_EVERY:
+            found.append(f"`depth_every` is for `depth_window`, which is None; got {self.depth_every!r}. Leave it out.")
         if self.depth_stack is not None and window is None:
             found.append(f"`depth_stack` is for `depth_window`, which is None; got {self.depth_stack!r}. Leave it out.")
         return found

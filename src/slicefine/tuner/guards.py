@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slicefine.errors import SliceFineError
+from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.tuner.base_layers import same_values
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def check_written(layer: SliceLayer) -> None:
     _check_ranks(layer, adapter)
     state = layer.slicefine_state[adapter]
     pairs = layer.pending_writes(adapter)
-    if state.step == 0:  # what has not been trained is original; not so an average of a model that has been
+    untrained = not state.schedule.own(state.step)
+    if untrained:  # what has not been trained is original; not so an average of a model that has been
         where = state.active.axis, tuple(state.active.indices)
         pairs.append((layer.trained_values(adapter, *where), layer.original_values(adapter, *where)))
     for weight, parameter in pairs:
@@ -35,9 +37,10 @@ def check_written(layer: SliceLayer) -> None:
                 f"{layer.name}: the weight and the parameter of its slice (adapter {adapter!r}) differ: one of them was changed by something "
                 "other than a step of a torch.optim.Optimizer. Let your optimizer derive from torch.optim.Optimizer; do not assign to, "
                 "average (EMA, SWA) or perturb (SAM) `slicefine_weight`: merge first, or work on the base weights."
+                + (" It rests below the depth window, and a step leaves it alone." if state.resting else "")
                 + (
                     " If it has just been loaded: adapter_config.json must be the one saved with it."
-                    if not state.step
+                    if untrained
                     else ""
                 )
             )
@@ -65,13 +68,33 @@ def start_of(layer: SliceLayer, adapter: str) -> int:
     return (int.from_bytes(start[:8]) >> 2) + state.step
 
 
-def refuse_unready_ranks(name: str) -> None:
-    """Raise if DistributedDataParallel would wait for the gradient of a layer that rests."""
+def refuse_unready_ranks(layer: SliceLayer) -> None:
+    """Raise if DistributedDataParallel would wait for the gradient of a layer that rests, now or in another turn."""
     ddp: Any = getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
-    if ddp is not None and not ddp.find_unused_parameters:
+    if ddp is None or not layer.state.schedule.rests:
+        return
+    if not ddp.find_unused_parameters or ddp.static_graph:
         raise SliceFineError(
-            f"{name}: it rests below the depth window, and DistributedDataParallel waits for the gradient of every parameter. Build it with "
-            "find_unused_parameters=True (`ddp_find_unused_parameters=True` in TrainingArguments), or leave out `depth_window`."
+            f"{layer.name}: it rests when it is below the depth window, and DistributedDataParallel waits for the gradient of every parameter; got "
+            f"find_unused_parameters={ddp.find_unused_parameters}, static_graph={ddp.static_graph}. Build it with find_unused_parameters=True and without "
+            "static_graph (`ddp_find_unused_parameters`, `ddp_static_graph` in TrainingArguments), or leave out `depth_window`."
+        )
+
+
+def warn_of_no_end(layer: SliceLayer) -> None:
+    """Warn that the output of a layer that rests wants a gradient: the window then saves nothing."""
+    adapter = layer.installed
+    if adapter is None or layer.merged_adapters or not layer.state.resting:
+        return
+    if layer.slicefine_weight[adapter].requires_grad:
+        # Without a name, so that it is said once and not by every layer.
+        warnings.warn(
+            "Backpropagation goes on below the depth window, because inputs of layers that rest there want a gradient: the window saves neither time nor memory. "
+            "`enable_input_require_grads()` makes them want it, and so do transformers' `activation_checkpointing_enable()` and TRL with `gradient_checkpointing`: "
+            "with use_reentrant=False nothing needs it, so call `disable_input_require_grads()` on the model after them. If something below the blocks is "
+            "trained in full (`modules_to_save`), leave out `depth_window`.",
+            SliceFineWarning,
+            stacklevel=2,
         )
 
 

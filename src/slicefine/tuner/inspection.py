@@ -16,10 +16,11 @@ from slicefine.tuner.targets import weight_name
 def active_slices(model: nn.Module) -> dict[str, Slice]:
     """Target name -> the slice that the next optimizer step trains.
 
-    Names are those of the base model. Targets of the active adapter only; none while adapters are disabled.
-    Raises `SliceFineError` if `model` has no slicefine layer.
+    Names are those of the base model. Targets of the active adapter only, without those that rest below its depth window; none while
+    adapters are disabled. Raises `SliceFineError` if `model` has no slicefine layer.
     """
-    return {name: layer.slicefine_state[adapter].active for name, layer, adapter in tuned(model)}
+    states = {name: layer.slicefine_state[adapter] for name, layer, adapter in tuned(model)}
+    return {name: state.active for name, state in states.items() if not state.resting}
 
 
 def touched_slices(model: nn.Module) -> dict[str, list[Slice]]:
@@ -47,10 +48,11 @@ def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCou
     masters: set[int] = set()
     for _, layer, adapter in tuned(model):
         state = layer.slicefine_state[adapter]
+        schedule = state.schedule
         bias = layer.slicefine_bias[adapter].numel() if adapter in layer.slicefine_bias else 0
-        active += active_size(state.schedule, layer.shape, state.step) + bias
-        touched += touched_size(state.schedule, layer.shape, state.step) + (bias if state.step else 0)
-        planned += touched_size(state.schedule, layer.shape, steps or 0) + (bias if steps else 0)
+        active += active_size(schedule, layer.shape, state.step) + (0 if state.resting else bias)
+        touched += touched_size(schedule, layer.shape, state.step) + (bias if schedule.own(state.step) else 0)
+        planned += touched_size(schedule, layer.shape, steps or 0) + (bias if schedule.own(steps or 0) else 0)
     for module in model.modules():
         if isinstance(module, SliceLayer):
             masters |= {id(p) for name in module.adapter_layer_names for p in getattr(module, name).parameters()}

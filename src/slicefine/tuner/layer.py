@@ -139,7 +139,8 @@ class SliceLayer(nn.Module, BaseTunerLayer):
     def add(self, adapter: str, schedule: Schedule, *, train_bias: bool, perturb: bool) -> None:
         """Give the layer an adapter whose slice is at its first position. The weight does not change.
 
-        `perturb` adds noise to the slice, as if one optimizer step had been made: PEFT's `init_weights=False`, for tests.
+        `perturb` adds noise to the slice, as if one optimizer step had been made, which leaves a layer alone that rests: PEFT's
+        `init_weights=False`, for tests.
         """
         shown = self._installed
         self._show(None)
@@ -156,10 +157,11 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             state.bias = to_cpu(self.place.bias.detach()).clone()
         self._occupy(adapter, active)
         if perturb:
-            master = self._in_use(adapter)
-            master += torch.randn_like(master) * weight.detach().to(dtype).std()
-            self._show(adapter)
-            self._write(adapter)
+            if schedule.active(0):
+                master = self._in_use(adapter)
+                master += torch.randn_like(master) * weight.detach().to(dtype).std()
+                self._show(adapter)
+                self._write(adapter)
             state.step = 1
             if schedule.slice_at(1, self.shape) != active:
                 self.slide(adapter)
@@ -366,11 +368,13 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             self.check_written()
         if self.merged_adapters or not torch.is_grad_enabled():
             return False
-        if self.state.resting:
-            guards.refuse_unready_ranks(self.name)
-            return False
         bias_master = modules["slicefine_bias"]._parameters.get(adapter)
-        return master.requires_grad or (bias_master is not None and bias_master.requires_grad)
+        if not master.requires_grad and (bias_master is None or not bias_master.requires_grad):
+            return False
+        state = self.state
+        if state.schedule.window is not None:
+            guards.refuse_unready_ranks(self)
+        return not state.resting
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.begin()
@@ -406,6 +410,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
                 self.watched(part)
         elif isinstance(y, Tensor) and y.requires_grad and not torch.compiler.is_compiling():
             y.register_hook(functools.partial(guards.check_shown, self, self._installed))
+            guards.warn_of_no_end(self)
         return y
 
     def refuse_call(self, more: int, named: list[str]) -> None:

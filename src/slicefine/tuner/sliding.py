@@ -97,6 +97,8 @@ def _check(optimizer: Optimizer) -> None:
         )
     refuse_sharding(masters)
     groups = [held[id(master)] for master in masters if id(master) in held]
+    if any(layer.slicefine_state[adapter].schedule.rests for layer, adapter in stepped):
+        _refuse_where_some_rest(optimizer, groups)
     if any("step" in group for group in groups):
         _warn(
             f"{type(optimizer).__name__} counts its steps once for all parameters, so its bias correction does not start again when a slice moves. "
@@ -107,6 +109,21 @@ def _check(optimizer: Optimizer) -> None:
         _warn(
             f"{type(optimizer).__name__} applies weight_decay={decay} to slices. A slice is a piece of a pretrained weight, so "
             "decay pulls the weight itself towards zero, and not an update of it. Set weight_decay=0 for the adapter."
+        )
+
+
+def _refuse_where_some_rest(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Raise if an optimizer cannot train slices of which some rest."""
+    name = type(optimizer).__name__
+    if torch._C._current_graph_task_id() >= 0:  # within a backward pass
+        raise SliceFineError(
+            f"`depth_window` counts the steps of layers that rest as well, and an optimizer that is stepped inside of the backward pass ({name}) is not "
+            "stepped for them: they have no gradient. Step after backward, or leave out `depth_window`."
+        )
+    if isinstance(optimizer, torch.optim.SGD) and any(g.get("fused") and g.get("momentum") for g in groups):
+        raise SliceFineError(
+            f"`depth_window` wakes layers one after the other, and {name} with fused=True and momentum wants to begin with all parameters at once. Use "
+            "fused=False, or another optimizer."
         )
 
 
@@ -151,7 +168,8 @@ def _held(optimizers: list[Optimizer]) -> dict[int, dict[str, Any]]:
 def _stepped_layers(held: dict[int, dict[str, Any]]) -> list[tuple[SliceLayer, str]]:
     """Layers and adapters with a master among the parameters `held`.
 
-    An adapter is stepped if it has a gradient, or zeros in its place; the installed one also if it is only trainable.
+    An adapter is stepped if it has a gradient, or zeros in its place; the installed one also if it is only trainable, and what rests of
+    another one if anything else of it is stepped.
     """
     stepped = []
     with _lock:
@@ -163,7 +181,14 @@ def _stepped_layers(held: dict[int, dict[str, Any]]) -> list[tuple[SliceLayer, s
             asked = adapter == layer.installed and any(m.requires_grad for m in mine)
             if mine and (asked or any(m.grad is not None for m in mine)):
                 stepped.append((layer, adapter))
-    return stepped
+    hidden = {adapter for layer, adapter in stepped if adapter != layer.installed}
+    return stepped + [
+        (layer, adapter)
+        for layer in (layers if hidden else [])
+        for adapter, state in layer.slicefine_state.items()
+        if adapter in hidden and adapter != layer.installed and state.resting
+        if id(layer.slicefine_weight[adapter]) in held
+    ]
 
 
 def _settle(optimizers: list[Optimizer]) -> None:
@@ -177,13 +202,15 @@ def _settle(optimizers: list[Optimizer]) -> None:
     if writes:
         torch._foreach_copy_([destination for destination, _ in writes], [source for _, source in writes])
     for layer, adapter in stepped:
+        resting = layer.slicefine_state[adapter].resting
         with layer.shown(adapter) as was_hidden:
-            if was_hidden:  # stepped while disabled, or while another adapter was active
+            if was_hidden and not resting:  # stepped while disabled, or while another adapter was active
                 for destination, source in layer.pending_writes(adapter, held):
                     destination.copy_(source)
             if id(layer.slicefine_weight[adapter]) not in held:
                 continue
-            layer.has_followed(adapter)
+            if not resting:  # whatever has changed what rests is to be noticed by the next forward pass
+                layer.has_followed(adapter)
             if layer.count(adapter):
                 layer.slide(adapter)
                 for optimizer in _optimizers:

@@ -91,7 +91,7 @@ def test_advice_without_earlier_stages() -> None:
     ],
 )
 def test_the_check_bears_the_advice_out_or_contradicts_it(after: dict[int, float], held: bool, says: str) -> None:
-    confirmed, words = judged(5, 1.0, after)
+    confirmed, words = judged(5, 1.0, after, 0.01)
     assert confirmed is held
     assert words.startswith("From 1.000, the held-out loss came to ")
     assert words.endswith(says) if says.endswith(".") else says in words

@@ -171,18 +171,30 @@ def test_runs_of_slices_by_layers_and_ranks() -> None:
 
 
 def test_shares_count_from_the_head_alone() -> None:
-    assert share(0.7, 1.0, 0.4) == pytest.approx(0.5)
-    assert share(1.1, 1.0, 0.5) == pytest.approx(-0.2)
-    assert share(0.3, 1.0, 0.4) == pytest.approx(7 / 6)
-    assert share(0.9, 1.0, 0.995) is None
-    assert share(0.9, 1.0, 1.2) is None
+    assert share(0.7, 1.0, 0.4, 0.01) == pytest.approx(0.5)
+    assert share(1.1, 1.0, 0.5, 0.01) == pytest.approx(-0.2)
+    assert share(0.3, 1.0, 0.4, 0.01) == pytest.approx(7 / 6)
+    assert share(0.9, 1.0, 0.995, 0.01) is None
+    assert share(0.9, 1.0, 1.0, 0.0) is None
 
 
 def test_the_summary_of_runs() -> None:
-    def one(layers: int, r: int, value: float | None) -> dict[str, Any]:
-        return {"layers": layers, "r": r, "share_of_full_drop": value}
+    """What judges does not choose: the best run is the one that the other examples like best."""
 
-    found = summary([one(1, 16, 0.97), one(6, 1, 0.6), one(6, 1, 0.7), one(6, 5, 0.91), one(6, 16, 0.95)], 6)
-    assert found == {"best_share": 0.97, "r1_all_layers_share": 0.7, "smallest_r_within_10_percent": 5}
-    nothing = {"best_share": None, "r1_all_layers_share": None, "smallest_r_within_10_percent": None}
-    assert summary([one(6, 1, None)], 6) == nothing
+    def one(layers: int, r: int, value: float | None, choosing: float) -> dict[str, Any]:
+        numbers = {"layers": layers, "r": r, "share_of_full_drop": value, "loss_choosing": choosing}
+        return numbers | {"axis": "row", "active": 7, "loss_after": 0.5}
+
+    runs = [
+        one(1, 16, 0.97, 0.3),
+        one(6, 1, 0.6, 0.4),
+        one(6, 1, 0.7, 0.5),
+        one(6, 5, 0.91, 0.2),
+        one(6, 16, 0.95, 0.25),
+    ]
+    found = summary(runs, 6)
+    assert found["best"] == {"r": 5, "axis": "row", "layers": 6, "active": 7, "loss_after": 0.5}
+    shares = (found["best_share"], found["r1_all_layers_share"], found["smallest_r_within_10_percent"])
+    assert shares == (0.91, 0.6, 5)
+    nothing = dict.fromkeys(("best_share", "best", "r1_all_layers_share", "smallest_r_within_10_percent"))
+    assert summary([one(6, 1, None, 0.1)], 6) == nothing

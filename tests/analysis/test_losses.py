@@ -175,8 +175,8 @@ def test_skipped_blocks_are_not_run() -> None:
     (batch,) = subject.batches("train", size=3, count=1, seed=0)
     resumed.loss(batch)
     ran = []
-    stack[0].self_attn.q_proj.register_forward_hook(lambda *given: ran.append(0))
-    stack[1].self_attn.q_proj.register_forward_hook(lambda *given: ran.append(1))
+    stack[0].get_submodule("self_attn.q_proj").register_forward_hook(lambda *given: ran.append(0))
+    stack[1].get_submodule("self_attn.q_proj").register_forward_hook(lambda *given: ran.append(1))
     resumed.loss(batch)
     assert ran == [1]
 
@@ -221,7 +221,7 @@ def test_a_model_that_is_no_stack_is_computed_as_a_whole() -> None:
 
     subject: Any = Subject()
     blocks = list(model.blocks)
-    weight = model.blocks[2].weight
+    weight: Any = blocks[2].weight
     batch = {"x": torch.randn(4, 3)}
     for skipped, left in ((1, 1), (2, 0)):
         resumed = Resumed(subject, model, blocks[:skipped], [weight])

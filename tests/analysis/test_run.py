@@ -72,7 +72,9 @@ def test_without_examples_the_spectra_alone(model: Path, tmp_path: Path) -> None
 def test_a_twin_with_random_weights_is_another_model(model: Path, tmp_path: Path) -> None:
     runs.analyze(settings(tmp_path, stages=("balance",)), str(model), None, "")
     first = read(tmp_path)
-    with pytest.raises(SliceFineError, match=r"has another analysis: the model's digest was .* untrained was False and is True now"):
+    with pytest.raises(
+        SliceFineError, match=r"has another analysis: the model's digest was .* untrained was False and is True now"
+    ):
         runs.analyze(settings(tmp_path, stages=("balance",), untrained=True, seed=3), str(model), None, "")
     assert read(tmp_path) == first
     twin = tmp_path / "twin"
@@ -149,3 +151,17 @@ def test_all_that_is_wrong_with_settings(tmp_path: Path) -> None:
         "is a file",
     ):
         assert part in str(error.value), part
+
+
+def test_what_goes_wrong_otherwise_is_a_reason_too(
+    recipe: Recipe, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> dict[str, Any]:
+        raise ValueError("You have to specify decoder_input_ids")
+
+    monkeypatch.setattr(energy, "run", broken)
+    monkeypatch.setattr(runs.balance, "run", lambda *_: {"summary": {}, "weights": [float("nan"), 1.0]})
+    record = runs.analyze(settings(tmp_path, stages=("energy", "balance")), str(model), recipe, "")
+    assert record.failed == {"energy": "ValueError: You have to specify decoder_input_ids"}
+    assert read(tmp_path)["stages"]["balance"]["weights"] == [None, 1.0]
+    assert set(read(tmp_path)["made"]) == {"energy", "balance"}

@@ -193,3 +193,9 @@ def test_the_margin_is_above_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         random["greatest_drop"]
     )  # of four trials the 95th percentile is the greatest
     assert random["winners"] == 1
+
+
+def test_a_solved_task_is_said_to_be_one() -> None:
+    assert winners.note_of({"before": None, "after": None}) == ""
+    assert winners.note_of({"before": 1.8, "after": 1.2}) == ""
+    assert "from 1.8 to 0.01: the task is as good as solved" in winners.note_of({"before": 1.8, "after": 0.01})

@@ -34,3 +34,17 @@ def test_long_runs_are_measured_and_left_as_they_were(recipe: Recipe, monkeypatc
 
 def test_short_runs_are_not(recipe: Recipe) -> None:
     assert runs.train(recipe).timings["frozen_limit_ratio"] is None
+
+
+def test_a_model_that_takes_no_gradient_where_it_begins_is_not_measured(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Swin's patch embeddings give a tuple, say: the run has ended well all the same."""
+    monkeypatch.setattr(frozen_limit, "SHARE", 1e9)
+
+    def refuse(*_: Any) -> None:
+        raise AttributeError("'tuple' object has no attribute 'requires_grad_'")
+
+    monkeypatch.setattr(frozen_limit, "_frozen", refuse)
+    record = runs.train(recipe)
+    assert (record.status, record.timings["frozen_limit_ratio"]) == ("finished", None)

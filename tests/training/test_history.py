@@ -60,6 +60,4 @@ def test_a_resumed_run_has_the_whole_history(
 def timeless(folder: str) -> list[dict[str, Any]]:
     """Losses and validations without their speeds."""
     found = [entry for entry in read(folder)["log"] if "loss" in entry or "eval_loss" in entry]
-    return [
-        {key: value for key, value in entry.items() if not key.endswith(("time", "per_second"))} for entry in found
-    ]
+    return [{key: value for key, value in entry.items() if not key.endswith(("time", "per_second"))} for entry in found]

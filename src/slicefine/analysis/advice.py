@@ -36,7 +36,7 @@ FEWEST, MOST = 5, 10
 ENOUGH = 0.9
 """Share of the drop of a greater rank from which on a rank is enough."""
 LEAST_DROP = 0.01
-"""Share of the loss by which the advised slices have to lower it."""
+"""Share of the loss, or of that with the head as it was drawn, by which the advised slices have to lower it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,8 @@ def run(
     for r in ranks:
         course = runs.best(slices(subject, r=r, axis=advised.axis, slide_every=every), effort.rates)
         check.append({"r": r, "axis": advised.axis, "active": course.active, **course.summary()})
-    confirmed, words = judged(advised.r, runs.before, {entry["r"]: entry["loss_after"] for entry in check})
+    least = LEAST_DROP * max(abs(runs.before), head["before"] or 0)
+    confirmed, words = judged(advised.r, runs.before, {entry["r"]: entry["loss_after"] for entry in check}, least)
     return {
         "r": advised.r,
         "axis": advised.axis,
@@ -190,19 +191,20 @@ def beside(r: int, ranks: Sequence[int], widest: int) -> list[int]:
     return [rank for rank in (below, r, above) if rank == r or 0 < rank <= widest]
 
 
-def judged(r: int, before: float, after: Mapping[int, float]) -> tuple[bool, str]:
+def judged(r: int, before: float, after: Mapping[int, float], least: float) -> tuple[bool, str]:
     """Whether the check bears out the advised rank, and what it showed.
 
     Args:
         before: Held-out loss at the start of all runs.
         after: Rank -> held-out loss at the end of its run.
+        least: By how much it has to fall at the advised rank.
     """
     drops = {rank: before - loss for rank, loss in after.items()}
     shown = ", ".join(f"{loss:.3f} at r = {rank}" for rank, loss in sorted(after.items()))
     begin = f"From {before:.3f}, the held-out loss came to {shown}."
     below = max((rank for rank in drops if rank < r), default=None)
     above = min((rank for rank in drops if rank > r), default=None)
-    if drops[r] < LEAST_DROP * abs(before):
+    if drops[r] < least:
         return False, f"{begin} At the advised rank it hardly fell: the check does not bear out the advice."
     if above is not None and drops[r] < ENOUGH * drops[above]:
         return False, f"{begin} A wider slice does clearly better: r = {r} is too narrow here, try r = {above}."

@@ -22,7 +22,7 @@ from slicefine.slicing import ALTERNATE, ROW
 Say = Callable[[int, int, str], None]
 
 LEAST_DROP = 0.01
-"""Share of the loss by which full tuning has to lower it: shares of less are not given."""
+"""Share of the loss, or of that with the head as it was drawn, by which full tuning has to lower it: of less no shares are given."""
 CLOSE = 0.9
 """Share of the drop of full tuning that is within 10 percent of it."""
 MOVES = 8
@@ -109,6 +109,7 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
     full = runs.best(everything, effort.full)
     head_only = runs.best(head_alone(subject), head_rates) if head_rates else None
     reference = runs.before if head_only is None else head_only.loss_after
+    least = LEAST_DROP * max(abs(reference), head["before"] or 0)
     found = []
     for one in plans:
         every = max(runs.steps // MOVES, 1) if one.axis == ALTERNATE else None
@@ -123,8 +124,9 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
                 "moves": 0 if every is None else (runs.steps - 1) // every,
                 "active": course.active,
                 "learning_rate": course.rate,
+                "loss_choosing": course.choosing,
                 "loss_after": course.loss_after,
-                "share_of_full_drop": share(course.loss_after, reference, full.loss_after),
+                "share_of_full_drop": share(course.loss_after, reference, full.loss_after, least),
                 "curve": course.curve,
             }
         )
@@ -141,19 +143,26 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
     }
 
 
-def share(after: float, reference: float, full: float) -> float | None:
-    """Of the drop from `reference` to `full`, the one to `after`; None if full tuning hardly lowers the loss."""
+def share(after: float, reference: float, full: float, least: float) -> float | None:
+    """Of the drop from `reference` to `full`, the one to `after`; None if full tuning does not lower the loss by `least`."""
     drop = reference - full
-    return (reference - after) / drop if drop >= LEAST_DROP * abs(reference) and drop > 0 else None
+    return (reference - after) / drop if drop >= least and drop > 0 else None
 
 
 def summary(runs: Sequence[dict[str, Any]], count: int) -> dict[str, Any]:
-    """The best share of all runs, that of r = 1 in all `count` layers, and the smallest rank that comes close there."""
+    """The share of the best run, that of r = 1 in all `count` layers, and the smallest rank that comes close there.
+
+    Best is the run with the lowest loss of the examples that choose: those that judge have no part in it.
+    """
     known = [run for run in runs if run["share_of_full_drop"] is not None]
+    best = min(known, key=lambda run: run["loss_choosing"], default=None)
+    ones = [run for run in known if run["r"] == 1 and run["layers"] == count]
+    one = min(ones, key=lambda run: run["loss_choosing"], default=None)
     everywhere = [run for run in known if run["layers"] == count]
     return {
-        "best_share": max((run["share_of_full_drop"] for run in known), default=None),
-        "r1_all_layers_share": max((run["share_of_full_drop"] for run in everywhere if run["r"] == 1), default=None),
+        "best_share": best and best["share_of_full_drop"],
+        "best": best and {key: best[key] for key in ("r", "axis", "layers", "active", "loss_after")},
+        "r1_all_layers_share": one and one["share_of_full_drop"],
         "smallest_r_within_10_percent": min(
             (run["r"] for run in everywhere if run["share_of_full_drop"] >= CLOSE), default=None
         ),

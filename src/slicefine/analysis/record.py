@@ -35,6 +35,8 @@ class AnalysisRecord:
     hardware: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Stage -> how long it took."""
+    made: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Stage -> when, with which commit and versions: an analysis may go on later."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stage -> what it found."""
     failed: dict[str, str] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,11 +55,11 @@ def analyze(settings: AnalysisSettings, model: str, recipe: Recipe | None, comma
     record = _new(settings, model, subject, weights, command)
     if saved is not None:
         saved.refuse_other(record, folder)
-        record.stages, record.seconds = saved.stages, saved.seconds
+        record.stages, record.seconds, record.made = saved.stages, saved.seconds, saved.made
     record.write(folder)
     try:
         for stage in settings.stages:
-            if stage not in record.stages:
+            if stage not in record.stages:  # of those that are kept, `made` says where they come from
                 _run(stage, settings, subject, weights, record)
                 record.write(folder)
         record.status = "finished"
@@ -80,7 +81,7 @@ def _weights(settings: AnalysisSettings, model: str, subject: Subject | None) ->
         return LoadedWeights(subject.model, subject.places, name=model)
     if not settings.untrained:
         return StoredWeights(model, device=torch.accelerator.current_accelerator() or "cpu")
-    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    config = StoredWeights(model).config  # a model that cannot be read has no twin
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return LoadedWeights(transformers.AutoModel.from_config(config, trust_remote_code=False), name=model)
@@ -121,10 +122,14 @@ def _run(
     began = time.perf_counter()
     with _bar(stage) as say:
         try:
-            record.stages[stage] = _found(stage, settings, subject, weights, record.stages, say)
-        except SliceFineError as error:  # the other stages may have something to say
+            record.stages[stage] = _finite(_found(stage, settings, subject, weights, record.stages, say))
+        except SliceFineError as error:
             record.failed[stage] = str(error)
+        except Exception as error:  # the other stages may have something to say
+            said = str(error).strip().splitlines()
+            record.failed[stage] = f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
     record.seconds[stage] = round(time.perf_counter() - began, 2)
+    record.made[stage] = {"at": records.now(), "commit": record.commit, "versions": record.versions}
 
 
 def _found(
@@ -141,6 +146,15 @@ def _found(
     if stage == ADVICE:
         return advice.run(subject, settings, say, earlier)
     return {ENERGY: energy, WINNERS: winners, GLOBAL: global_winner}[stage].run(subject, settings, say)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for numbers that are not finite, which JSON has no form for."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

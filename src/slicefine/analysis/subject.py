@@ -51,6 +51,10 @@ class Subject:
         self._pretrained = _still(prepared.model).to(self.device)  # pyright: ignore[reportArgumentType] -- transformers' annotation of `to` has no devices
         self.model: PreTrainedModel = self.untrained(seed) if untrained else self._pretrained
         """In eval mode; no parameter wants a gradient."""
+        if not self.places:
+            raise SliceFineError(
+                f"An analysis looks at linear layers with pretrained weights; {type(self.model).__name__} has none beside its new head."
+            )
         with tempfile.TemporaryDirectory() as folder:
             arguments = make_arguments(recipe, task, Path(folder), report_to="none", save_strategy="no")
             # TRL changes the forward pass of the model that it is given.
@@ -112,7 +116,8 @@ class Subject:
 def places_of(model: PreTrainedModel, new_modules: list[str] | None = None) -> dict[str, Place]:
     """Name -> weight of every linear layer of `model` but the output layer and `new_modules`."""
     found = find_targets(model, SliceFineConfig(target_modules=ALL_LINEAR))
-    return {name: place for name, place in found.items() if not set(name.split(".")) & set(new_modules or ())}
+    within = tuple(f"{module}." for module in new_modules or ())
+    return {name: place for name, place in found.items() if not f"{name}.".startswith(within)}
 
 
 def _still(model: PreTrainedModel) -> PreTrainedModel:

@@ -102,6 +102,8 @@ class StoredWeights(Weights):
         skeleton = build_without_values(folder)
         places = backbone_places(skeleton)
         super().__init__(name, places, skeleton, torch.device(device))
+        self.config = skeleton.config
+        """Of the model."""
         try:
             self._files = BaseFiles(files, skeleton)
         except (SafetensorError, OSError) as error:

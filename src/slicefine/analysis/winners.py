@@ -19,6 +19,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ NOISE = "noise"
 
 MARGIN = 0.01
 """Share of the held-out loss by which it has to fall at least. Our choice; the paper gives its delta no value."""
+SOLVED = 0.02
+"""Share of the loss that a new head leaves, below which a task has too little left to learn."""
 CHANCE = 0.95
 """Share of trials in random directions that are no winners."""
 
@@ -135,9 +138,9 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
     data = Material.drawn(subject, effort.amounts, seed=seed)
     heads, trials = dict[str, Any](), list[dict[str, Any]]()
     for label, plan in plans.items():
-        model = subject.copy() if label == name else subject.untrained(seed)
-        heads[label] = tune_head(subject, model, data.fitted, data.watched, iterations=effort.iterations)
-        trials += [{"model": label, **trial} for trial in _tried(subject, model, plan, data, effort.rates, progress)]
+        make = subject.copy if label == name else partial(subject.untrained, seed)
+        heads[label], found = _found(subject, make, plan, data, effort, progress)
+        trials += [{"model": label, **trial} for trial in found]
     by_chance = [trial for trial in trials if trial["choice"] == NOISE]
     margin = max(MARGIN, quantile([0.0 - trial["change"] for trial in by_chance], CHANCE))
     for trial in trials:
@@ -148,6 +151,7 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
         "steps": effort.amounts.steps,
         "learning_rates": list(effort.rates),
         "baseline": "a new head fitted to the frozen model" if subject.new_modules else "the model as it is",
+        "note": note_of(heads[name]),
         "examples": data.summary(),
         "heads": heads,
         "trials": trials,
@@ -170,15 +174,17 @@ class _Progress:
         self._say(self._done, self._total, what)
 
 
-def _tried(
+def _found(
     subject: Subject,
-    model: PreTrainedModel,
+    make: Callable[[], PreTrainedModel],
     plan: Iterable[tuple[Site, list[str]]],
     data: Material,
-    rates: Sequence[float],
+    effort: Effort,
     progress: _Progress,
-) -> list[dict[str, Any]]:
-    """The trials of a model, block by block: what is below a block is computed once for all of its trials."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The fit of the head of a model that `make` gives, and its trials, block by block: what is below is computed once for all of them."""
+    model = make()
+    head = tune_head(subject, model, data.fitted, data.watched, iterations=effort.iterations)
     places = places_of(model, subject.new_modules)
     stack = stack_of(model, places)
     by_block: dict[int | str, list[tuple[Site, list[str]]]] = {}
@@ -191,7 +197,7 @@ def _tried(
         # Outside of the blocks a weight is above all of them, or it turns out that nothing can be skipped.
         skipped = stack if isinstance(block, str) else stack[:block]
         resumed = Resumed(subject, model, skipped, [places[name].stored for name in names])
-        trials = Trials(resumed.loss, data.train, data.choosing, data.held_out, rates)
+        trials = Trials(resumed.loss, data.train, data.choosing, data.held_out, effort.rates)
         gradients = dict(zip(names, trials.gradients([places[name] for name in names]), strict=True))
         for site, choices in here:
             for choice in choices:
@@ -200,7 +206,7 @@ def _tried(
                 outcome = trials.train_alone(part, noise=generator if choice == NOISE else None)
                 found.append(_trial(choice, site, start, part, gradients[site.name], outcome))
                 progress(site.name)
-    return found
+    return head, found
 
 
 def _part(
@@ -236,6 +242,17 @@ def _trial(
         "change": outcome.change,
         "learning_rate": outcome.rate,
     }
+
+
+def note_of(head: dict[str, Any]) -> str:
+    """What has to be known of the start to judge the trials; empty if nothing has."""
+    before, after = head["before"], head["after"]
+    if before is None or after > SOLVED * before:
+        return ""
+    return (
+        f"The new head alone lowers the loss from {before:.3g} to {after:.3g}: the task is as good as solved without any slice, and what is left "
+        "to lower is mostly noise. Winners need a harder task."
+    )
 
 
 def quantile(values: Sequence[float], share: float) -> float:

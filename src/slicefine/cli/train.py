@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from argparse import ArgumentError
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from slicefine.cli.page import write_page
+from slicefine.cli.page import say, write_page
 from slicefine.cli.quiet import quiet
 from slicefine.errors import SliceFineError, listed
 from slicefine.training import schema
@@ -82,8 +81,10 @@ def run(given: Any) -> int:
 def _count_memory(recipe: Recipe, record: RunRecord) -> None:
     from slicefine.benchmarking import run_memory
 
-    with contextlib.suppress(SliceFineError):  # a run that cannot be planned: its report has no memory by part
+    try:
         run_memory.write(recipe.resolved(), record)
+    except Exception as error:  # the run is finished and saved; a model that cannot be planned has no memory by part
+        say(f"The report has no memory by part: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
 
 
 def _file(name: str) -> Path:

@@ -169,15 +169,15 @@ def _run(
         record.peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         record.parameters = dataclasses.asdict(parameter_counts(model, record.planned_steps))
         history.write(trainer.state, recipe.slice_schedule, folder)
-        movement.write(model, folder)
+    movement.write(model, folder)
     if interrupt.asked and record.steps < record.planned_steps:
         record.status = "interrupted"
         return
     record.metrics["after"] = _scores(_last_validation(trainer.state) or trainer.evaluate())
     record.artifact_bytes = _save_adapter(model, prepared, folder / folders.ADAPTER)
+    record.status = "finished"
     step = record.timings.get("step_seconds_median")
     record.timings["frozen_limit_ratio"] = frozen_limit.measure(trainer, seconds, step) if step else None
-    record.status = "finished"
 
 
 def _setting_problems(recipe: Recipe) -> list[str]:

@@ -180,3 +180,18 @@ def test_a_model_without_slices(make_trainer: Callable[..., Trainer]) -> None:
     )
     with pytest.raises(SliceFineError, match="has no slicefine layer"):
         make_trainer(model).train()  # pyright: ignore
+
+
+def test_a_depth_window_hides_no_moves(make_trainer: Callable[..., Trainer]) -> None:
+    """The first target rests in most steps and moves once; the last one, which always trains, moves as planned, and nothing is warned of."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )
+    settings = SliceFineConfig(
+        r=2, slide_every=4, target_modules=["query"], task_type="SEQ_CLS", depth_window=[2, 2, 0], depth_every=2
+    )
+    trainer = make_trainer(get_peft_model(BertForSequenceClassification(config), settings))  # pyright: ignore
+    trainer.train()
+    moves = [entry["slicefine/moves"] for entry in trainer.state.log_history if "slicefine/moves" in entry]
+    assert moves == [step // 4 for step in range(1, 13)]

@@ -137,8 +137,9 @@ def tuned_layers(model: nn.Module) -> dict[str, SliceLayer]:
 
 
 def progress(layers: dict[str, SliceLayer]) -> tuple[int, Any]:
-    """Optimizer steps made and the schedule; all layers of an adapter agree on both."""
-    state = next(iter(layers.values())).state
+    """Optimizer steps made and the schedule; all layers of an adapter that no depth window lets rest agree on both."""
+    states = [layer.state for layer in layers.values()]
+    state = next((one for one in states if not one.schedule.rests), states[-1])
     return state.step, state.schedule
 
 

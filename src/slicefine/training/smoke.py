@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from slicefine.errors import SliceFineError, did_you_mean, listed, raise_all
 from slicefine.training.hub import model_problem
-from slicefine.training.recipe import Recipe
+from slicefine.training.recipe import Recipe, SliceSettings
 from slicefine.training.run import train
 from slicefine.training.tasks import StandIns, get_stand_ins, get_task
 
@@ -69,6 +69,8 @@ def _overrides(recipe: Recipe, folder: Path, model: Path) -> dict[str, Any]:
         "slice.slide_every": None if recipe.slice.slide_every is None else EVERY,
         "slice.layers_to_transform": None,  # of the tiny model's blocks there are two
         "slice.layers_pattern": None,
+        "slice.depth_window": None,
+        "slice.depth_every": SliceSettings.depth_every,
         "training.max_steps": STEPS,
         "training.per_device_train_batch_size": min(4, training.per_device_train_batch_size),
         "training.per_device_eval_batch_size": min(8, training.per_device_eval_batch_size),

@@ -13,7 +13,8 @@ def balance(**rho: float) -> dict[str, Any]:
     summary: dict[str, Any] = {"row": None, "column": None, "head": None}
     for axis, value in rho.items():
         summary[axis] = {"rho_median": value, "rho_greatest": 2 * value, "rho_shuffled_median": value / 10}
-    return {"weights": [{}] * 3, "summary": summary}
+    weights = [{"name": f"weight {number}", "axis": axis} for axis in rho for number in range(3)]
+    return {"weights": weights, "summary": summary}
 
 
 def energy(share: float, untrained: float = 0.6, alignment: float | None = 0.7) -> dict[str, Any]:
@@ -80,6 +81,14 @@ def test_limits(title: str, stage: str, found: dict[str, Any], verdict: str, fig
     assert (judged["verdict"], judged["figure"]) == (verdict, figure)
     assert "holds if" in judged["threshold"]
     assert judged["words"].endswith(".")
+
+
+def test_weights_are_counted_and_not_their_cuts() -> None:
+    found = {"balance": balance(row=0.01, column=0.02, head=0.03)}
+    assert of("spectral balance", found)["words"].startswith("Over 3 weights, groups of rows: rho 0.01 ")
+    assert of("spectral balance of attention heads", found)["words"].startswith(
+        "Over 3 weights, groups of heads: rho 0.03 "
+    )
 
 
 def test_what_was_not_run_or_failed() -> None:

@@ -115,7 +115,8 @@ def _balance_words(axes: tuple[str, ...]) -> Callable[[Mapping[str, Any]], str]:
             parts.append(
                 f"groups of {axis}s: rho {of['rho_median']:.2g} in the median{times}, {of['rho_greatest']:.2g} at most"
             )
-        return f"Over {len(found['weights'])} cuts of weights, {'; '.join(parts)}."
+        weights = len({weight["name"] for weight in found["weights"] if weight["axis"] in axes})
+        return f"Over {weights} weights, {'; '.join(parts)}."
 
     return words
 

@@ -108,14 +108,13 @@ def run(given: Any) -> int:
     model = given.of.model
     recipe = _recipe(flat, model) if recipe_wanted else None
     record = analyze(settings, model, recipe, shlex.join(["slicefine", *sys.argv[1:]]))
+    if record.status == "interrupted":
+        say("Interrupted; the same command goes on with the stages that are not finished.")
     print(text(record))
     if recipe is None:
         say("The other stages need examples: name a recipe, or --data.train FILE.")
     write_page(settings.output)
-    if record.status == "interrupted":
-        say("Interrupted; the same command goes on with the stages that are not finished.")
-        return 130
-    return 0
+    return 130 if record.status == "interrupted" else 0
 
 
 def _settings(flat: dict[str, Any], with_examples: bool) -> AnalysisSettings:

@@ -330,7 +330,10 @@ def _cost(record: Record) -> list[Section]:
     limit = (record.content.get("timings") or {}).get("frozen_limit_ratio")
     if limit and finite(limit.get("median")) is not None:
         blocks.append(training_charts.frozen_limit(limit))
-    words = "Where memory and time went."
+    words = (
+        "Memory by part is counted on the graph of the model, for the longest batch that the recipe allows, as `slicefine plan` does it; a "
+        "peak that was measured on a GPU is named so. Times were measured."
+    )
     return [Section(title="What it cost", words=words, blocks=blocks)] if blocks else []
 
 

@@ -31,8 +31,9 @@ def verify(source: Source, folder: Path) -> None:
     if expected.dtype != made.dtype or not torch.equal(expected, made):
         raise SliceFineError(
             f"The exported model does not compute what the trained one does: its logits are {made.dtype} and differ by up to "
-            f"{float((made.double() - expected.double()).abs().max()):.2g}; nothing was written. If the model's own code draws random numbers, "
-            "export with --no_verify; if not, report this with the model's name."
+            f"{float((made.double() - expected.double()).abs().max()):.2g}; nothing was written. A difference in the "
+            "last digit may come from the processor (MKL on AMD): try again with MKL_CBWR=COMPATIBLE in the environment. If the model's own code draws random "
+            "numbers, export with --no_verify; if neither, report this with the model's name."
         )
 
 

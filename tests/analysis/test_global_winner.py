@@ -20,7 +20,9 @@ from slicefine.analysis.short_runs import ShortRuns, everything, head_alone, sli
 from slicefine.analysis.tuned_head import head_of, tune_head
 from slicefine.errors import SliceFineError
 
-LEAST = Effort(amounts=AMOUNTS, iterations=2, points=2, full=(1e-3,), head=(1e-2,), slices=(1e-2,), parts=True)
+LEAST = Effort(
+    amounts=AMOUNTS, iterations=2, points=2, full=(1e-3,), head=(1e-2,), slices=(1e-2,), moving=(1e-2,), parts=True
+)
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_every_kind_of_model(task: str, tmp_path: Path) -> None:
         ("untrained", "random")
     }
     assert len(found["trials"]) == 2 * 2 * 5  # ranks, axes; four choices, and the twin
-    assert found["noise"]["trials"] == 4
+    assert found["noise"]["trials"] == 2 * 4  # those of the twin too
     sites: dict[int, set[int]] = {}
     for trial in found["trials"]:
         place = subject.places[trial["name"]]
@@ -189,10 +189,9 @@ def test_the_margin_is_above_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winners, "MARGIN", -math.inf)
     found = run(language())
     random = found["noise"]
-    assert found["margin"] == pytest.approx(
-        random["greatest_drop"]
-    )  # of four trials the 95th percentile is the greatest
-    assert random["winners"] == 1
+    # Of four trials the 95th percentile is the greatest; the greater one of the two models counts.
+    assert found["margin"] == pytest.approx(random["greatest_drop"])
+    assert 1 <= random["winners"] <= 2
 
 
 def test_a_solved_task_is_said_to_be_one() -> None:

@@ -44,18 +44,20 @@ class Effort:
     head: tuple[float, ...]
     """Of the head alone."""
     slices: tuple[float, ...]
-    """Of slices."""
+    """Of slices that stay where they are."""
+    moving: tuple[float, ...]
+    """Of slices that move: lower, since new rows and columns take steps as long as the first ones did."""
     parts: bool
     """Whether fewer layers than all are tried, and slices that move."""
 
 
 FULL = Effort(
-    amounts=Amounts(size=16, fitted=48, watched=16, steps=36, choosing=8, held_out=6), iterations=20, points=4,
-    full=(1e-4, 3e-4, 1e-3), head=(1e-3, 1e-2), slices=(3e-3, 1e-2, 3e-2), parts=True,
+    amounts=Amounts(size=16, fitted=48, watched=16, steps=32, choosing=6, held_out=12), iterations=20, points=2,
+    full=(3e-5, 1e-4, 3e-4), head=(1e-3, 1e-2), slices=(3e-3, 1e-2, 3e-2), moving=(1e-3, 3e-3, 1e-2), parts=True,
 )  # fmt: skip
 QUICK = Effort(
     amounts=Amounts(size=8, fitted=24, watched=12, steps=8, choosing=2, held_out=6), iterations=10, points=1,
-    full=(3e-4, 1e-3), head=(1e-2,), slices=(1e-2, 3e-2), parts=False,
+    full=(1e-4, 3e-4), head=(1e-2,), slices=(1e-2, 3e-2), moving=(3e-3, 1e-2), parts=False,
 )  # fmt: skip
 
 
@@ -95,7 +97,8 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
     count = len(stack_of(subject.model, subject.places))
     plans = plans_for(count, settings.ranks, parts=effort.parts)
     head_rates = effort.head if subject.new_modules else ()
-    total, done = len(effort.full) + len(head_rates) + len(plans) * len(effort.slices), 0
+    rates = {one: effort.slices if one.axis == ROW else effort.moving for one in plans}
+    total, done = len(effort.full) + len(head_rates) + sum(map(len, rates.values())), 0
 
     def tell() -> None:
         nonlocal done
@@ -113,7 +116,7 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
     found = []
     for one in plans:
         every = max(runs.steps // MOVES, 1) if one.axis == ALTERNATE else None
-        course = runs.best(slices(subject, r=one.r, axis=one.axis, slide_every=every, blocks=one.blocks), effort.slices)
+        course = runs.best(slices(subject, r=one.r, axis=one.axis, slide_every=every, blocks=one.blocks), rates[one])
         indices = list(range(count)) if one.blocks is None else list(one.blocks)
         found.append(
             {
@@ -132,7 +135,12 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
         )
     return {
         "steps": runs.steps,
-        "learning_rate": {"full": list(effort.full), "head_only": list(head_rates), "slices": list(effort.slices)},
+        "learning_rate": {
+            "full": list(effort.full),
+            "head_only": list(head_rates),
+            "slices": list(effort.slices),
+            "moving": list(effort.moving),
+        },
         "baseline": "the run of the new head alone" if head_only else "the start",
         "examples": data.summary(),
         "head": head,

@@ -4,7 +4,7 @@ The definitions are the paper's. With M the mask of a slice, the *restricted gra
 that is not zero and some update on it alone lowers the loss by a margin: `L(theta + M . U) <= L(theta) - delta`.
 
 How an update is looked for is our choice. A trial makes a few steps of Adam, each on a new batch of training examples, once for each of a few
-learning rates, the same for every trial. Of the end points the one with the least loss of yet other training examples is chosen, or the start
+learning rates, the same shares of the root mean square of the weight in every trial. Of the end points the one with the least loss of yet other training examples is chosen, or the start
 if none is better; it alone is judged, on held-out batches, which have no part in any choice. All passes are in eval mode, without dropout, and on
 the same batches before and after: a trial that changes nothing leaves the loss as it was in every bit.
 """
@@ -117,7 +117,7 @@ class Trials:
         train: A batch for every step.
         choosing: Other batches, by which a learning rate is chosen.
         held_out: By which trials are judged.
-        rates: Learning rates to choose from.
+        rates: Learning rates to choose from, as shares of the root mean square of the weight that is trained.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class Trials:
     ) -> None:
         self._loss, self._train, self._choosing, self._held_out = loss, train, choosing, held_out
         self._rates = rates
+        self._at_start: dict[int, tuple[Place, Tensor]] = {}
         self._first = mean_value(loss, choosing)
         self.before = mean_value(loss, held_out)
         """Mean held-out loss at the start."""
@@ -145,9 +146,11 @@ class Trials:
             noise: Draw the directions of the steps at random instead of computing gradients: what a trial finds by chance alone.
         """
         original = part.values()
+        unit = _root_mean_square(part.place) or 1.0  # of a weight of zeros no share is a length
+        rates = [share * unit for share in self._rates]
         chosen, best, values = None, self._first, original
         try:
-            for rate in self._rates:
+            for rate in rates:
                 self._walk(part, original, rate, noise)
                 loss = mean_value(self._loss, self._choosing)
                 if loss < best:  # never if it is NaN
@@ -164,11 +167,24 @@ class Trials:
         master = original.float().clone()
         optimizer = torch.optim.Adam([master], lr=rate)
         part.put(original)
-        for batch in self._train:
-            if noise is None:
-                _, (gradient,) = gradients(self._loss, [part.place.stored], batch)
-                master.grad = gradient.take(part.entries).float()
-            else:
+        for step, batch in enumerate(self._train):
+            if noise is not None:
                 master.grad = torch.randn(master.shape, generator=noise).to(master.device)
+            else:
+                gradient = self._gradient(part.place, batch) if step else self._first_gradient(part.place)
+                master.grad = gradient.take(part.entries).float()
             optimizer.step()
             part.put(master)
+
+    def _first_gradient(self, place: Place) -> Tensor:
+        """Of the first step, the same for all parts of a weight and all rates; everything is as it was at the start."""
+        if id(place) not in self._at_start:
+            self._at_start[id(place)] = place, self._gradient(place, self._train[0])
+        return self._at_start[id(place)][1]
+
+    def _gradient(self, place: Place, batch: Batch) -> Tensor:
+        return gradients(self._loss, [place.stored], batch)[1][0]
+
+
+def _root_mean_square(place: Place) -> float:
+    return float(torch.linalg.vector_norm(place.stored.detach(), dtype=torch.float64)) / place.stored.numel() ** 0.5

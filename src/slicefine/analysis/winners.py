@@ -9,7 +9,7 @@ gradient    the slice with the greatest restricted gradient norm
 
 and the same random slices in a twin of the model with random weights, for which the hypothesis should fail. The new head of every model is
 fitted first (see `tuned_head.py`). The margin is a share of the held-out loss, and above what noise gives: as much as steps in random
-directions, in place of gradients, bring in one trial of twenty.
+directions, in place of gradients, bring in one trial of twenty, in whichever of the two models this is more.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Effort:
     iterations: int
     """Of the fit of a head, for each penalty."""
     rates: tuple[float, ...]
-    """Learning rates of Adam that every trial chooses from: one row alone takes longer steps than sixteen columns do."""
+    """Learning rates of Adam that every trial chooses from, as shares of the root mean square of the weight: one row alone takes longer steps
+    than sixteen columns do."""
     each: int
     """Random slices of every kind of weight, axis and rank."""
     untrained: int
@@ -72,11 +73,11 @@ class Effort:
 
 
 FULL = Effort(
-    amounts=Amounts(size=16, fitted=48, watched=16, steps=5, choosing=4, held_out=6), iterations=20, rates=(0.03, 0.3),
-    each=3, untrained=2, compared=1,
+    amounts=Amounts(size=16, fitted=48, watched=16, steps=4, choosing=3, held_out=6), iterations=20, rates=(0.05, 0.5, 5.0),
+    each=3, untrained=1, compared=1,
 )  # fmt: skip
 QUICK = Effort(
-    amounts=Amounts(size=8, fitted=24, watched=12, steps=4, choosing=2, held_out=6), iterations=10, rates=(0.1,),
+    amounts=Amounts(size=8, fitted=24, watched=12, steps=4, choosing=2, held_out=6), iterations=10, rates=(0.2, 2.0),
     each=1, untrained=1, compared=1, kinds=2,
 )  # fmt: skip
 
@@ -133,7 +134,7 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
     sites = draw_sites(subject.places, settings.ranks, each=effort.each, kinds=effort.kinds, seed=seed)
     plans = {name: [(site, _choices(site, effort)) for site in sites]}
     if not settings.untrained:
-        plans[UNTRAINED] = [(site, [RANDOM]) for site in sites if site.number < effort.untrained]
+        plans[UNTRAINED] = [(site, [RANDOM, NOISE]) for site in sites if site.number < effort.untrained]
     progress = _Progress(say, sum(len(choices) for plan in plans.values() for _, choices in plan))
     data = Material.drawn(subject, effort.amounts, seed=seed)
     heads, trials = dict[str, Any](), list[dict[str, Any]]()
@@ -142,7 +143,9 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
         heads[label], found = _found(subject, make, plan, data, effort, progress)
         trials += [{"model": label, **trial} for trial in found]
     by_chance = [trial for trial in trials if trial["choice"] == NOISE]
-    margin = max(MARGIN, quantile([0.0 - trial["change"] for trial in by_chance], CHANCE))
+    margin = max(
+        MARGIN, *(_noise(trial["change"] for trial in by_chance if trial["model"] == label) for label in plans)
+    )
     for trial in trials:
         trial["wins"] = trial["gradient"] > 0 and 0.0 - trial["change"] >= margin
     trials = [trial for trial in trials if trial["choice"] != NOISE]
@@ -253,6 +256,11 @@ def note_of(head: dict[str, Any]) -> str:
         f"The new head alone lowers the loss from {before:.3g} to {after:.3g}: the task is as good as solved without any slice, and what is left "
         "to lower is mostly noise. Winners need a harder task."
     )
+
+
+def _noise(changes: Iterable[float]) -> float:
+    """The drop of the loss that trials in random directions of one model exceed hardly ever."""
+    return quantile([0.0 - change for change in changes], CHANCE)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -132,6 +132,8 @@ def test_classifiers(task: str, tmp_path: Path) -> None:
     assert ntk["dominant"]["name"] in subject.places
     assert 1 / len(subject.places) < ntk["dominant"]["trace_share_of_full"] < 1
     assert ntk["untrained"]["effective_rank"] != ntk["effective_rank"]
+    assert 0 < ntk["untrained"]["alignment_per_weight"]["median"] <= 1 + 1e-9
+    assert ntk["untrained"]["alignment_per_weight"] != ntk["alignment_per_weight"]
     summary = found["summary"]
     assert summary["dimension"] == 32
     assert summary["share"] == summary["k90_median"] / 32

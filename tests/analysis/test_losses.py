@@ -108,6 +108,14 @@ def test_the_examples_of_a_stage(task: str, tmp_path: Path) -> None:
     heads = 0 if task == LANGUAGE else 1
     assert [len(part) for part in (data.fitted, data.watched, data.train, data.choosing)] == [heads, heads, 2, 1]
     assert data.summary()["held_out"] in (2, 4)
+    assert (data.note == "") is (task != "video-classification")  # of which there are six
+
+
+def test_parts_that_share_examples_are_named(tmp_path: Path) -> None:
+    amounts = Amounts(size=8, fitted=4, watched=4, steps=4, choosing=4, held_out=2)
+    data = Material.drawn(subject_of("text-classification", tmp_path), amounts, seed=0)
+    assert "too few training examples to keep them apart" in data.note
+    assert "the fit of the head" in data.note
 
 
 # ---------------------------------------------------------------- losses

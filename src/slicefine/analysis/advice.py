@@ -108,6 +108,7 @@ def run(
         "slide_every": f"1/{advised.moves + 1} of the run",
         "reasons": advised.reasons,
         "steps": runs.steps,
+        "note": data.note,
         "examples": data.summary(),
         "head": head,
         "check": check,

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slicefine.analysis.kernel import gram_matrices, label_kernel, outputs_of, spectrum, why_no_full
+from slicefine.analysis.kernel import gram_matrices, label_kernel, outputs_of, why_no_full
 from slicefine.analysis.kernel_figures import KernelFigures, all_cuts, main_cut
 from slicefine.analysis.states import OUTLIER_IN_WORDS, Say, collect, figures, layer_names
 from slicefine.analysis.subject import places_of
@@ -49,7 +49,7 @@ _STATES, _TWIN_STATES, _KERNEL, _TWIN_KERNEL = (
     "gradients",
     "gradients of the twin",
 )
-_PARTS = {_STATES: (0, 120), _TWIN_STATES: (120, 240), _KERNEL: (240, 800), _TWIN_KERNEL: (800, _ALL)}
+_PARTS = {_STATES: (0, 100), _TWIN_STATES: (100, 200), _KERNEL: (200, 620), _TWIN_KERNEL: (620, _ALL)}
 """What part of the progress is whose."""
 
 
@@ -126,12 +126,14 @@ def _kernel(subject: Subject, twin: PreTrainedModel, settings: AnalysisSettings,
         examples,
         outputs,
         [main],
-        full=False,
+        full=not why,
         seed=seed,
         tell=_progress(say, _TWIN_KERNEL),
     )
     weights = sum(place.stored.numel() for place in places.values())
-    kernel = KernelFigures(grams, label_kernel(examples), weights=weights, seed=seed)
+    labels = label_kernel(examples)
+    kernel = KernelFigures(grams, labels, weights=weights, seed=seed)
+    beside = KernelFigures(of_twin, labels, weights=weights, seed=seed).of(main)
     return {
         "examples": len(examples),
         "outputs": outputs.words,
@@ -140,7 +142,7 @@ def _kernel(subject: Subject, twin: PreTrainedModel, settings: AnalysisSettings,
         "by_rank": kernel.by_rank(settings.ranks),
         "full": kernel.full(),
         "dominant": kernel.dominant_weight(main),
-        "untrained": spectrum(of_twin.slices[main].sum(0)),
+        "untrained": beside,
         "why_no_full": why,
     }
 
@@ -177,4 +179,5 @@ def _kernel_summary(kernel: dict[str, Any]) -> dict[str, Any]:
         "ntk_alignment_with_full": kernel["alignment_with_full"],
         "ntk_alignment_without_dominant": kernel["alignment_without_dominant"],
         "ntk_alignment_per_weight": per_weight.get("median"),
+        "ntk_alignment_per_weight_untrained": (kernel["untrained"]["alignment_per_weight"] or {}).get("median"),
     }

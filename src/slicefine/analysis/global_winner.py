@@ -142,6 +142,7 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
             "moving": list(effort.moving),
         },
         "baseline": "the run of the new head alone" if head_only else "the start",
+        "note": data.note,
         "examples": data.summary(),
         "head": head,
         "full": full.summary(),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from slicefine.analysis.portions import draw, numbers_in, rows, size_for
 from slicefine.analysis.subject import Batch, Subject
+from slicefine.errors import listed
 
 NUMBERS = 2**29
 """In all training examples together, about, at most: 2 GiB. Clips are large, and have to do with fewer."""
@@ -32,7 +33,7 @@ class Amounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """Batches on the device; no training example is in two of them, as long as there are enough."""
+    """Batches on the device; no training example is in two of them, as long as there are enough (`note`)."""
 
     fitted: list[Batch]
     """Empty, as `watched`, where there is no new head."""
@@ -57,6 +58,24 @@ class Material:
             train=[train[number % len(train)] for number in range(amounts.steps)],
             choosing=choosing,
             held_out=draw(subject, "validation", size=size, count=amounts.held_out, seed=seed),
+        )
+
+    @property
+    def note(self) -> str:
+        """What has to be known if there were too few examples; empty if there were enough."""
+        parts = {
+            "the fit of the head": self.fitted,
+            "its choice": self.watched,
+            "the steps": self.train,
+            "the choice of a learning rate": self.choosing,
+        }
+        uses = [(name, {id(batch) for batch in batches}) for name, batches in parts.items()]
+        shared = [name for name, own in uses if any(own & other for of, other in uses if of != name)]
+        if not shared:
+            return ""
+        return (
+            f"There are too few training examples to keep them apart: {listed(shared)} share some, and what they find is better than it would be "
+            "on others. Held-out examples are in none of them."
         )
 
     def summary(self) -> dict[str, int]:

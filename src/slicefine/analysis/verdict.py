@@ -159,6 +159,8 @@ def _steeper_words(found: Mapping[str, Any]) -> str:
 
 def _overlap_words(found: Mapping[str, Any]) -> str:
     summary, kernel = found["summary"], found["ntk"]
+    untrained = summary.get("ntk_alignment_per_weight_untrained")
+    chance = "" if untrained is None else f"; with random weights {untrained:.2f}"
     whole = summary.get("ntk_alignment_without_dominant")
     beside = (
         ""
@@ -167,7 +169,7 @@ def _overlap_words(found: Mapping[str, Any]) -> str:
     )
     return (
         f"Slices of r = {kernel['r']} ({kernel['axis']}s) see the examples as their weight does with an alignment of "
-        f"{summary['ntk_alignment_per_weight']:.2f}, the median over weights (1: alike up to a factor).{beside}"
+        f"{summary['ntk_alignment_per_weight']:.2f}, the median over weights (1: alike up to a factor){chance}.{beside}"
     )
 
 

@@ -154,7 +154,7 @@ def run(subject: Subject, settings: AnalysisSettings, say: Say) -> dict[str, Any
         "steps": effort.amounts.steps,
         "learning_rates": list(effort.rates),
         "baseline": "a new head fitted to the frozen model" if subject.new_modules else "the model as it is",
-        "note": note_of(heads[name]),
+        "note": " ".join(note for note in (note_of(heads[name]), data.note) if note),
         "examples": data.summary(),
         "heads": heads,
         "trials": trials,

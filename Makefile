@@ -10,13 +10,8 @@ demo: $(READY)  ## fine-tune a real pretrained model offline and sum up
 	rm -rf runs/demo
 	$(VENV)/bin/slicefine demo --output runs/demo
 
-# On AMD processors MKL's sums depend on addresses in memory; told to be compatible, they are the same bits for these models, and not for all others.
-SAME_BITS = tests/training/test_export_merged.py::test_it_computes_the_same_where_slicefine_and_peft_cannot_be_imported \
-	tests/training/test_export_lora.py::test_a_layer_that_lora_lacks_is_named tests/training/test_regression.py::test_from_recipe_to_model_folder
-
 test: $(READY)  ## run the tests
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile $(SAME_BITS:%=--deselect %)
-	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 $(RUN) -m pytest -q $(SAME_BITS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist loadfile
 
 check: $(READY)  ## lint, types, import order, tests
 	$(RUN) -m ruff check .

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from slicefine import SliceFineConfig
+from slicefine.training.export_check import same_kernels
 from slicefine.training.export_source import CLASSES
 
 
@@ -83,6 +84,7 @@ def merged_by_peft(adapter: Path, task: str = "CAUSAL_LM") -> Any:
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     """Of `tiny.tokens(size=1)`."""
+    same_kernels(model)
     return model.eval()(input_ids=tiny.tokens(size=1)).logits
 
 

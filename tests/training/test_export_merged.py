@@ -84,6 +84,8 @@ logits = {}
 for name, (folder, kind) in json.loads(sys.argv[3]).items():
     model, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), (name, report)
+    for parameter in model.requires_grad_(False).parameters():  # as `same_kernels` does
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
         logits[name] = model(input_ids=torch.tensor(%r)).logits
 save_file(logits, sys.argv[1])

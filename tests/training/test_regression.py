@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from slicefine import SliceFineError
 from slicefine.training.export import export
+from slicefine.training.export_check import same_kernels
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import RunRecord
 from slicefine.training.run import train
@@ -53,6 +54,8 @@ def test_from_recipe_to_model_folder(numbers: dict[str, Any], tmp_path: Path) ->
     model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
     base = AutoModelForSequenceClassification.from_pretrained(numbers["model.name"], config=config)
     tuned = PeftModel.from_pretrained(base, str(adapter)).eval()
+    same_kernels(model)
+    same_kernels(tuned)
     with torch.no_grad():
         low, high = model(**batch).logits[:, 0].tolist()
         assert torch.equal(model(**batch).logits, tuned(**batch).logits)

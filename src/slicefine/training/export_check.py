@@ -31,16 +31,15 @@ def verify(source: Source, folder: Path) -> None:
     if expected.dtype != made.dtype or not torch.equal(expected, made):
         raise SliceFineError(
             f"The exported model does not compute what the trained one does: its logits are {made.dtype} and differ by up to "
-            f"{float((made.double() - expected.double()).abs().max()):.2g}; nothing was written. A difference in the "
-            "last digit may come from the processor (MKL on AMD): try again with MKL_CBWR=COMPATIBLE in the environment. If the model's own code draws random "
-            "numbers, export with --no_verify; if neither, report this with the model's name."
+            f"{float((made.double() - expected.double()).abs().max()):.2g}; nothing was written. If the model's own code draws random numbers, export with "
+            "--no_verify; if not, report this with the model's name."
         )
 
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     """The logits, or the first output, for a fixed batch of random tokens, images or clips."""
-    _align(model)
+    same_kernels(model)
     generator = torch.Generator().manual_seed(0)
     inputs = _tokens(model, generator) if model.main_input_name == TOKENS_IN else _pixels(model, generator)
     output = model.eval()(**inputs)
@@ -68,7 +67,11 @@ def _pixels(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
     return {PIXELS_IN: pixels.to(model.dtype)}
 
 
-def _align(model: nn.Module) -> None:
-    """Move what was mapped from files, at any address, to memory of torch's own: fast kernels sum in an order that depends on it."""
-    for tensor in (*model.parameters(), *model.buffers()):
+def same_kernels(model: nn.Module) -> None:
+    """Have equal weights meet equal kernels, whose sums differ in the last bit.
+
+    torch chooses by whether a weight wants a gradient, and MKL by where it lies: what was mapped from files may lie at any address, memory of
+    torch's own is aligned.
+    """
+    for tensor in (*model.requires_grad_(False).parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()

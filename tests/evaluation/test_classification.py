@@ -134,6 +134,8 @@ def test_predictions_are_those_of_the_adapter_on_its_base(run: Path, base: Path,
             "label": row["label"],
             "predicted": predicted,
             "score": pytest.approx(float(chances.max()), abs=1e-5),
+            "text": row["text"],
+            "text_pair": None,
         }
     right = sum(line["label"] == line["predicted"] for line in found.values())
     assert right >= 18  # it has learned
@@ -229,6 +231,9 @@ def test_numbers_have_correlations(classifier: Callable[..., Path], tmp_path: Pa
     found = by_row(tmp_path / "out")
     assert [found["stsb", n + 1]["label"] for n in range(20)] == [row["label"] for row in rows]
     assert {line["score"] for line in found.values()} == {None}
+    assert [(line["text"], line["text_pair"]) for _, line in sorted(found.items())] == [
+        (row["text"], row["text_pair"]) for row in rows
+    ]
     assert set(result.tasks["stsb"]) == {"metrics", "examples", "asked"}
     assert list(result.tasks["stsb"]["metrics"]) == ["pearson", "spearman"]
     table = result.table().splitlines()
@@ -257,6 +262,13 @@ def test_long_texts_are_cut_as_in_training(
         with torch.no_grad():
             chance = float(model(**inputs).logits.softmax(-1).max())
         assert by_row(tmp_path / name.stem / "out")["long", 1]["score"] == pytest.approx(chance, abs=1e-6)
+
+
+def test_long_texts_are_kept_in_part(run: Path, tmp_path: Path) -> None:
+    texts = ["a" * 2000, "b" * 2001]
+    data = write_table(tmp_path / "long.jsonl", [{"text": text, "label": "positive"} for text in texts])
+    score(run, data=data, output=tmp_path / "out")
+    assert [line["text"] for _, line in sorted(by_row(tmp_path / "out").items())] == ["a" * 2000, "b" * 2000 + "\u2026"]
 
 
 def test_decoders_without_a_pad_token(held: Path, tmp_path: Path) -> None:
@@ -334,6 +346,29 @@ def test_a_torn_line_is_predicted_again(run: Path, held: Path) -> None:
         again = score(run, data=held)
     assert again.tasks == whole.tasks
     assert again.sessions[-1]["examples"] == 1
+
+
+def test_predictions_from_before_texts_were_kept_are_gone_on_with(run: Path, held: Path) -> None:
+    whole = score(run, data=held)
+    folder = run / "evaluation" / "held"
+    old = [{name: value for name, value in line.items() if not name.startswith("text")} for line in lines(folder)[:12]]
+    write_table(folder / "predictions.jsonl", old)
+    again = score(run, data=held)
+    assert (again.tasks, again.sessions[-1]["examples"]) == (whole.tasks, 8)
+    assert lines(folder)[:12] == old
+    assert all(line["text"] for line in lines(folder)[12:])
+
+
+@pytest.mark.parametrize("spoiled", [{"text": 3}, {"row": None}, {"other": ""}])
+def test_lines_that_are_no_predictions_are_refused(run: Path, held: Path, spoiled: dict[str, Any]) -> None:
+    score(run, data=held)
+    folder = run / "evaluation" / "held"
+    first, *others = lines(folder)
+    write_table(folder / "predictions.jsonl", [first | spoiled, *others])
+    assert "predictions.jsonl:1: not the fields of a prediction." in refused(run, data=held)
+    del first["place"]
+    write_table(folder / "predictions.jsonl", [first, *others])
+    assert "predictions.jsonl:1: not the fields of a prediction." in refused(run, data=held)
 
 
 def test_a_limit_takes_examples_from_everywhere(run: Path, held: Path) -> None:

@@ -86,6 +86,7 @@ def test_images_of_a_folder(image_run: Path, tmp_path: Path) -> None:
         assert line["label"] == Path(place).parent.name
         assert line["predicted"] == model.config.id2label[int(logits.argmax())]
         assert line["score"] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+        assert line["text"] is line["text_pair"] is None
     assert result.tasks["held"]["right"] >= 11  # it has learned
     assert result.contamination["rows"] == {}
     # Saved as a plain model, it has the same to say.

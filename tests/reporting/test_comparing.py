@@ -59,6 +59,15 @@ def test_runs_without_logs_or_recipes(tmp_path: Path) -> None:
     assert "slices not known not known" in said
 
 
+@pytest.mark.parametrize(("logged", "smoothed"), [(30, False), (120, True)])
+def test_means_are_spoken_of_where_they_are_drawn(logged: int, smoothed: bool, tmp_path: Path) -> None:
+    one, two = run(tmp_path / "one", 0.9), run(tmp_path / "two", 0.8)
+    reported.write(one, "history.json", reported.history(100, every=5))
+    reported.write(two, "history.json", reported.history(logged, every=1))
+    said = compared(tmp_path, one, two)
+    assert ("Of 60 and more logged losses, means of neighbours are drawn." in said) == smoothed
+
+
 def test_an_analysis_beside_runs_of_its_model(tmp_path: Path) -> None:
     said = compared(tmp_path, run(tmp_path / "run", 0.9), reported.analysis(tmp_path / "analysis"))
     assert "run and its model" in said

@@ -93,7 +93,7 @@ def changed(tmp_path: Path, made: str, name: str, content: Any) -> Path:
         ("training", "record.json", "", "is damaged: line 1, column 1: Expecting value"),
         ("training", "record.json", "null", "is damaged: it holds nothing (null)"),
         ("training", "record.json", "[" * 100_000, "is damaged: it is nested too deeply"),
-        ("training", "record.json", "[1, 2]", "is no record that is known here"),
+        ("training", "record.json", "[1, 2]", "is no record that is known here. Was it changed by hand? Run the command again."),
         ("training", "record.json", '{"a": 1}', "is no record that is known here"),
         ("analysis", "analysis.json", {"kind": "banana", "version": 1}, "is no record that is known here (kind 'banana')"),
         ("training", "record.json", reported.record(status=None, task=3), "is not a whole record of a training run: `status`, `task` are missing"),
@@ -123,9 +123,39 @@ def test_folders_without_a_record(tmp_path: Path) -> None:
     reported.training(tmp_path / "runs/two")
     (tmp_path / "empty").mkdir()
     absent, empty, runs = problems_of(tmp_path / "absent", tmp_path / "empty", tmp_path / "runs")
-    assert absent == f"RUN is a folder or a file of a run that exists; there is none at {tmp_path / 'absent'}."
-    assert "A run is a folder with a record: record.json, results.json, analysis.json, plan.json, or the JSON" in empty
+    assert absent == f"{records.RULE}; there is nothing at {tmp_path / 'absent'}. Name one that is there."
+    assert (
+        empty == f"{records.RULE}; {tmp_path / 'empty'} is empty. Name the folder that the command wrote, its --output."
+    )
+    assert (
+        f"{tmp_path / 'runs'} has no record (record.json, results.json, analysis.json, plan.json, or the JSON" in runs
+    )
     assert runs.endswith(f"Runs are in it: name {tmp_path / 'runs/one'}, say.")
+
+
+def test_what_no_command_has_written(tmp_path: Path) -> None:
+    run, speed = reported.training(tmp_path / "run"), reported.benchmark(tmp_path / "bench")
+    rows = reported.write(tmp_path, "rows.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    same = reported.write(tmp_path, "same.json", rows.read_text())
+    table = reported.write(tmp_path, "table.json", [{"text": "a"}])
+    model = reported.write(tmp_path / "model", "config.json", {}).parent
+    adapter = reported.write(run / "checkpoints/checkpoint-8", "adapter_config.json", {}).parent
+    page = reported.write(run, "report.html", "<!doctype html>")
+    beside = reported.write(speed.parent, f"{speed.stem}.html", "<!doctype html>")
+    wrote = "Name the folder that the command wrote, its --output."
+    given = (rows, same, table, model, adapter, page, beside)
+    said = dict(zip(given, problems_of(*given), strict=True))
+    assert said[rows] == f"{records.RULE}; {rows} is neither. {wrote}"
+    assert said[same] == (
+        f"{same} is damaged: line 2, column 1: Extra data. Run the command again; if no command wrote it: {records.RULE}."
+    )
+    assert said[table] == f"{records.RULE}; {table} is no record that is known here. {wrote}"
+    assert said[model].endswith(
+        f"It is a model: name the folder that `slicefine analyze {model}` or another command with it wrote."
+    )
+    assert said[adapter].endswith(f"It is in the folder of a run: name {run}.")
+    assert said[page] == f"{records.RULE}; {page} is neither. It is in the folder of a run: name {run}."
+    assert said[beside] == f"{records.RULE}; {beside} is neither. Name {speed}."
 
 
 def test_a_folder_with_several_records_is_asked_about(tmp_path: Path) -> None:

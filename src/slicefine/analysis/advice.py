@@ -100,7 +100,7 @@ def run(
         course = runs.best(slices(subject, r=r, axis=advised.axis, slide_every=every), effort.rates)
         check.append({"r": r, "axis": advised.axis, "active": course.active, **course.summary()})
     least = LEAST_DROP * max(abs(runs.before), head["before"] or 0)
-    confirmed, words = judged(advised.r, runs.before, {entry["r"]: entry["loss_after"] for entry in check}, least)
+    favoured, words = judged(advised.r, runs.before, {entry["r"]: entry["loss_after"] for entry in check}, least)
     return {
         "r": advised.r,
         "axis": advised.axis,
@@ -112,7 +112,8 @@ def run(
         "examples": data.summary(),
         "head": head,
         "check": check,
-        "confirmed": confirmed,
+        "confirmed": favoured == advised.r,
+        "favoured": favoured,
         "words": words,
     }
 
@@ -192,8 +193,8 @@ def beside(r: int, ranks: Sequence[int], widest: int) -> list[int]:
     return [rank for rank in (below, r, above) if rank == r or 0 < rank <= widest]
 
 
-def judged(r: int, before: float, after: Mapping[int, float], least: float) -> tuple[bool, str]:
-    """Whether the check bears out the advised rank, and what it showed.
+def judged(r: int, before: float, after: Mapping[int, float], least: float) -> tuple[int | None, str]:
+    """The rank that the check speaks for, None if for none, and what it showed.
 
     Args:
         before: Held-out loss at the start of all runs.
@@ -206,16 +207,16 @@ def judged(r: int, before: float, after: Mapping[int, float], least: float) -> t
     below = max((rank for rank in drops if rank < r), default=None)
     above = min((rank for rank in drops if rank > r), default=None)
     if drops[r] < least:
-        return False, f"{begin} At the advised rank it hardly fell: the check does not bear out the advice."
+        return None, f"{begin} At the advised rank it hardly fell: the check does not bear out the advice."
     if above is not None and drops[r] < ENOUGH * drops[above]:
-        return False, f"{begin} A wider slice does clearly better: r = {r} is too narrow here, try r = {above}."
+        return above, f"{begin} A wider slice does clearly better: r = {r} is too narrow here, try r = {above}."
     if below is not None and drops[below] >= ENOUGH * drops[r]:
         return (
-            False,
+            below,
             f"{begin} A narrower slice does as well: r = {r} is wider than it has to be here, try r = {below}.",
         )
     if above is None:
-        return True, f"{begin} A narrower slice does clearly worse."
-    return True, f"{begin} A wider slice hardly does better" + (
+        return r, f"{begin} A narrower slice does clearly worse."
+    return r, f"{begin} A wider slice hardly does better" + (
         "." if below is None else ", a narrower one clearly worse."
     )

@@ -168,14 +168,15 @@ def _outputs(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Te
 
 
 def _prediction(one: Labelled, row: int, classes: list[str], output: torch.Tensor) -> Prediction:
-    number = int(output.argmax())
+    number, table = int(output.argmax()), one.examples.table
     return Prediction(
         task=one.name,
         row=row + 1,
-        place=one.examples.table.places[row],
+        place=table.places[row],
         label=one.labels[row],
         predicted=classes[number] if classes else float(output[0]),
         score=float(output.softmax(-1)[number]) if classes else None,
+        **{name: predictions.kept(table.rows[row][column]) for name, column in one.texts.items()},
     )
 
 

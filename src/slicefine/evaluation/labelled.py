@@ -25,6 +25,8 @@ class Labelled:
     """Those that are scored, from 0."""
     labels: dict[int, Any]
     """By row: the name of a class of the model, or a float."""
+    texts: dict[str, str]
+    """`text`, and of pairs `text_pair` -> its column; none of images and clips."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -68,8 +70,15 @@ def read(chosen: LabelledSet, task: str, config: Any, limit: int | None) -> Labe
         )
     rows = [row for row in rows if row not in bad]
     raise_all([] if rows else [f"no file of {table.source} can be used."], "Test sets")
-    labels = {row: found[row] for row in rows}
-    return Labelled(of=chosen, examples=examples, rows=rows, labels=labels, notes=[*chosen.notes, *notes])
+    columns = {"text": chosen.data.text, "text_pair": chosen.data.text_pair} if task == "text-classification" else {}
+    return Labelled(
+        of=chosen,
+        examples=examples,
+        rows=rows,
+        labels={row: found[row] for row in rows},
+        texts={name: column for name, column in columns.items() if column},
+        notes=[*chosen.notes, *notes],
+    )
 
 
 def classes_of(config: Any) -> list[str]:

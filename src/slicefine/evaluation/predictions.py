@@ -17,6 +17,8 @@ from slicefine.training.metrics import METRICS, scores_of
 from slicefine.training.recipe import DataSettings
 
 FILE = "predictions.jsonl"
+KEPT = 2000
+"""Characters of a text that are kept."""
 NAMES = {
     "accuracy": "accuracy, %",
     "f1": "F1, %",
@@ -41,6 +43,10 @@ class Prediction:
     predicted: str | float
     score: float | None
     """Probability of the predicted class, 0 to 1; None for numbers."""
+    text: str | None = None
+    """See `kept`; None for images and clips."""
+    text_pair: str | None = None
+    """The second of a pair."""
 
 
 class Predictions(Store[Prediction]):
@@ -50,7 +56,7 @@ class Predictions(Store[Prediction]):
     ITEM = Prediction
     TYPES: ClassVar = {
         "task": str, "row": int, "place": str, "label": (str, float), "predicted": (str, float),
-        "score": (float, type(None)),
+        "score": (float, type(None)), "text": (str, type(None)), "text_pair": (str, type(None)),
     }  # fmt: skip
     CALLED = "a prediction"
     AGAIN = "its example is predicted again"
@@ -115,6 +121,11 @@ class Scores(Outcome):
         session = self.sessions[-1]
         speed = f"{session['examples']} examples in {session['seconds']:.1f} s, {session['examples_per_second']:.0f} examples/s"
         return [*(note for each in self.sets.values() for note in each["notes"]), speed]
+
+
+def kept(text: str) -> str:
+    """A text as it is kept beside its prediction: a long one is cut, and ends with an ellipsis."""
+    return text if len(text) <= KEPT else f"{text[:KEPT]}\u2026"
 
 
 def _shown(name: str, value: float) -> str:

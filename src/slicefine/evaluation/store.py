@@ -23,7 +23,7 @@ class Store(Generic[Item]):
 
     FILE: ClassVar[str]
     ITEM: ClassVar[type]
-    """A dataclass with `task` and `row`."""
+    """A dataclass with `task` and `row`. Fields with a default came later: lines that were written before do without."""
     TYPES: ClassVar[dict[str, Any]]
     """Field of `ITEM` -> what its value is, for `isinstance`."""
     CALLED: ClassVar[str]
@@ -48,14 +48,13 @@ class Store(Generic[Item]):
                 SliceFineWarning,
                 stacklevel=3,
             )
+        needed = {field.name for field in dataclasses.fields(self.ITEM) if field.default is dataclasses.MISSING}
         problems = []
         for number, line in enumerate(content[: self._length].splitlines(), 1):
             try:
                 values = json.loads(line)
-                wrong = values.keys() != self.TYPES.keys() or [
-                    name for name, kind in self.TYPES.items() if not isinstance(values[name], kind)
-                ]
-                if wrong:
+                whole = needed <= values.keys() <= self.TYPES.keys()
+                if not whole or not all(isinstance(value, self.TYPES[name]) for name, value in values.items()):
                     raise ValueError(f"not the fields of {self.CALLED}")
             except (ValueError, AttributeError) as error:
                 problems.append(f"{self.path}:{number}: {error}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,10 @@ from slicefine.reporting.text import brief, count, finite, interval, percent, pl
 Found = Mapping[str, Any]
 BALANCE_TITLE, ENERGY_TITLE, WINNERS_TITLE = "Spectral balance", "Task energy", "Local winners"
 GLOBAL_TITLE, ADVICE_TITLE = "Global winner", "Rank advice"
-NOT_RUN = "This stage was not run."
 
 
 def sections(content: Found) -> list[Section]:
-    """A section a stage; one that has found nothing says why."""
+    """A section for each stage that was run; one that has found nothing says why."""
     made = {
         "balance": (BALANCE_TITLE, _balance),
         "energy": (ENERGY_TITLE, _energy),
@@ -25,14 +25,15 @@ def sections(content: Found) -> list[Section]:
         "advice": (ADVICE_TITLE, _advice),
     }
     stages, failed = content["stages"], content.get("failed") or {}
-    return [
-        section(stages[stage])
-        if stages.get(stage)
-        else Section(
-            title=title, blocks=[Prose(text=f"It found nothing: {failed[stage]}" if stage in failed else NOT_RUN)]
-        )
-        for stage, (title, section) in made.items()
-    ]
+    found = list[Section]()
+    for stage, (title, section) in made.items():
+        if of := stages.get(stage):
+            note = [Prose(text=str(of["note"]), tone=FAIR)] if of.get("note") else []
+            whole = section(of)
+            found.append(dataclasses.replace(whole, blocks=[*note, *whole.blocks]))
+        elif stage in failed:
+            found.append(Section(title=title, blocks=[Prose(text=f"It found nothing: {failed[stage]}")]))
+    return found
 
 
 def _balance(stage: Found) -> Section:

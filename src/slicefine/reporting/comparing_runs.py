@@ -7,7 +7,7 @@ from typing import Any
 
 from slicefine.reporting import of_analysis, of_training, provenance
 from slicefine.reporting.charts import Line, lines
-from slicefine.reporting.history import History, history
+from slicefine.reporting.history import history
 from slicefine.reporting.page import BAD, FAIR, GOOD, PLAIN, Block, Cell, Notice, Page, Prose, Section, Table
 from slicefine.reporting.palette import series
 from slicefine.reporting.records import ANALYSIS, TRAINING, Record
@@ -28,7 +28,7 @@ from slicefine.reporting.text import (
     plural,
     size,
 )
-from slicefine.reporting.thinning import smooth
+from slicefine.reporting.thinning import ROUGH, neighbours, smooth
 
 STATUS = {"finished": GOOD, "failed": BAD, "interrupted": FAIR, "running": PLAIN}
 FREE = {"output", "training.report_to"}
@@ -197,17 +197,19 @@ def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _curves(runs: Named) -> Section:
     logs = {name: history(record) for name, record in runs.items()}
     blocks: list[Block] = []
-    training = _lines({name: _smoothed(log) for name, log in logs.items()})
+    training = _lines({name: smooth(log.loss, neighbours(log.loss)) for name, log in logs.items()})
     if training:
         words = "Training loss at the end: " + "; ".join(
             f"{line.name} {decimal(line.points[-1][1])}" for line in training
         )
+        if any(neighbours(log.loss) for log in logs.values()):
+            words += f". Of {ROUGH} and more logged losses, means of neighbours are drawn"
         blocks.append(
             lines(
                 "loss",
                 {"training loss, nats": training},
                 title="Training loss",
-                words=f"{words}. Means of neighbouring logs.",
+                words=f"{words}.",
                 over="optimizer step",
                 counted=True,
             )
@@ -236,10 +238,6 @@ def _curves(runs: Named) -> Section:
     return Section(title="Curves", words="All runs on the same axes.", blocks=blocks)
 
 
-def _smoothed(log: History) -> list[tuple[float, float]]:
-    return smooth(log.loss, max(3, len(log.loss) // 40)) if len(log.loss) >= 30 else log.loss
-
-
 def _lines(found: Mapping[str, Sequence[tuple[float, float]]], *, dots: bool = False) -> list[Line]:
     """A line a run; colours, and then dashes, tell them apart."""
     styles = ("line", "dashed", "dashdot", "dotted")
@@ -261,7 +259,7 @@ def _analyses(analyses: Named) -> list[Section]:
         Section(
             title="The hypothesis on this model" + (f": {name}" if len(analyses) > 1 else ""),
             words=of_analysis.verdict(record.content),
-            blocks=[of_analysis.verdicts(record.content)] if record.content["verdicts"] else [],
+            blocks=of_analysis.verdicts(record.content),
         )
         for name, record in analyses.items()
     ]

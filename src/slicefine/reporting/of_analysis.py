@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,19 +29,22 @@ from slicefine.reporting.text import (
     base_name,
     brief,
     count,
+    decimal,
     duration,
+    finite,
     interval,
     joined,
     percent,
     plural,
 )
 
-TONES = {"holds": GOOD, "holds partly": FAIR, "fails": BAD, "not measured": PLAIN}
+NOT_MEASURED = "not measured"
+TONES = {"holds": GOOD, "holds partly": FAIR, "fails": BAD, NOT_MEASURED: PLAIN}
 WORDS = {
     "holds": ("holds", "hold"),
     "holds partly": ("holds partly", "hold partly"),
     "fails": ("fails", "fail"),
-    "not measured": ("was not measured", "were not measured"),
+    NOT_MEASURED: ("was not measured", "were not measured"),
 }
 
 ABOUT = (
@@ -66,7 +69,7 @@ def page(record: Record) -> Page:
             Section(
                 title="Verdicts",
                 words=ABOUT,
-                blocks=[verdicts(content)] if content["verdicts"] else [Prose(text="No property was judged yet.")],
+                blocks=verdicts(content) or [Prose(text="No property was judged yet.")],
             ),
             *analysis_sections.sections(content),
             _provenance(content),
@@ -129,19 +132,44 @@ def verdict(content: Mapping[str, Any]) -> str:
         text += f" on {content['task']}"
     advice = content["stages"].get("advice") or {}
     if advice.get("r") is not None:
-        check = "confirmed by short runs" if advice.get("confirmed") else "not confirmed by short runs"
-        text += (
-            f". Advice: r = {advice['r']}, axis {advice.get('axis')}, {plural(advice.get('moves'), 'move')} ({check})"
-        )
+        text += f". Advice: r = {advice['r']}, axis {advice.get('axis')}, {plural(advice.get('moves'), 'move')} ({_checked(advice)})"
     return f"{text}."
 
 
+def _checked(advice: Mapping[str, Any]) -> str:
+    """What short runs say of the advised rank; where they do not bear it out, what they show instead."""
+    if advice.get("confirmed"):
+        return "confirmed by short runs"
+    if advice.get("favoured") is not None:
+        return f"not confirmed: short runs favour r = {advice['favoured']}"
+    own = next((one for one in advice.get("check") or [] if one.get("r") == advice.get("r")), {})
+    before, after = finite(own.get("loss_before")), finite(own.get("loss_after"))
+    if before is None or after is None:
+        return "not confirmed by short runs"
+    return f"not confirmed: in short runs the loss goes from {decimal(before)} to {decimal(after)}"
+
+
 def _title(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return text if text[1:3] == " =" else text[:1].upper() + text[1:]  # r = 1 stays what it is
 
 
-def verdicts(content: Mapping[str, Any]) -> Verdicts:
-    """One a property."""
+def verdicts(content: Mapping[str, Any]) -> list[Block]:
+    """What was measured, one verdict a property; then what was not, by the reason; empty if no property was judged."""
+    measured: list[Mapping[str, Any]] = []
+    missing: defaultdict[str, list[str]] = defaultdict(list)
+    for one in content["verdicts"]:
+        if one.get("verdict") == NOT_MEASURED:
+            missing[str(one.get("words") or "")].append(str(one.get("property")))
+        else:
+            measured.append(one)
+    found: list[Block] = [_verdicts(measured)] if measured else []
+    if missing:
+        items = [": ".join(filter(None, (_title(", ".join(names)), why))) for why, names in missing.items()]
+        found += [Prose(text="Not measured:"), Listing(items=items)]
+    return found
+
+
+def _verdicts(judged: Sequence[Mapping[str, Any]]) -> Verdicts:
     return Verdicts(
         verdicts=[
             Verdict(
@@ -153,7 +181,7 @@ def verdicts(content: Mapping[str, Any]) -> Verdicts:
                 words=str(one.get("words") or ""),
                 claim=str(one.get("poster") or DASH),
             )
-            for one in content["verdicts"]
+            for one in judged
         ]
     )
 
@@ -177,17 +205,18 @@ def _figures(content: Mapping[str, Any]) -> list[Figure]:
             words = "Of the kernel of the active slices' gradients: how many directions training has at hand."
             found.append(Figure(name="NTK effective rank", value=brief(energy["ntk_effective_rank"]), words=words))
     if winners := (stages.get("winners") or {}).get("summary"):
-        for rank, share in list((winners.get("share_by_rank") or {}).items())[:1]:
-            untrained = (winners.get("share_untrained") or {}).get(rank)
-            words = f"Random slices of rank {rank} that win alone ({interval(share[1:])}). " + (
-                f"Untrained: {percent(untrained[0])}." if untrained else ""
-            )
-            found.append(Figure(name=f"Winners, r = {rank}", value=percent(share[0]), words=words))
+        shares, twin = winners.get("share_by_rank") or {}, winners.get("share_untrained") or {}
+        ranks = sorted(filter(str.isdecimal, shares), key=int)
+        for rank in dict.fromkeys(ranks[:1] + ranks[-1:]):  # the smallest and the greatest, which may be one
+            words = f"{interval(shares[rank][1:])} (95 % interval) of random slices of rank {rank} win alone."
+            if rank in twin:
+                words += f" Untrained: {percent(twin[rank][0])} ({interval(twin[rank][1:])})."
+            found.append(Figure(name=f"Winners, r = {rank}", value=percent(shares[rank][0]), words=words))
     if together := (stages.get("global") or {}).get("summary"):
         words = f"Of the loss drop of full tuning, by the best few slices; r = 1 in all layers: {percent(together.get('r1_all_layers_share'))}."
         found.append(Figure(name="Global winner", value=percent(together.get("best_share")), words=words))
     if advice := stages.get("advice"):
-        words = f"Axis {advice.get('axis')}, {plural(advice.get('moves'), 'move')}; {'confirmed' if advice.get('confirmed') else 'not confirmed'} by short runs."
+        words = f"Axis {advice.get('axis')}, {plural(advice.get('moves'), 'move')}; {_checked(advice)}."
         found.append(Figure(name="Advised rank", value=f"r = {advice.get('r')}", words=words))
     return found
 

@@ -29,6 +29,9 @@ REQUIRED: dict[str, dict[str, type]] = {
 """What no record of a kind is without. All else may be missing, and is then left out of the page."""
 PARTS = {TRAINING: ("history.json", "slices.json", "memory.json"), EVALUATION: ()}
 LINES = ("answers.jsonl", "predictions.jsonl")
+RULE = "RUN is a folder that slicefine train, evaluate, analyze, bench or plan wrote, or its results JSON"
+AGAIN = "Run the command again."
+MODEL_FILES = ("config.json", "adapter_config.json")
 RECIPE = "recipe.yaml"
 NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 """Characters that neither HTML nor SVG may have."""
@@ -68,13 +71,18 @@ def read(paths: Sequence[Path], problems: list[str]) -> list[Record]:
     """The records of runs; what is wrong with any of them is added to `problems`."""
     found: list[Record] = []
     for path in paths:
-        file = _file(path, problems)
+        try:
+            file = _file(path, problems)
+        except OSError as error:
+            problems.append(f"{path} cannot be read ({error.strerror}).")
+            continue
         if file is None:
             continue
         if any(file.resolve() == record.file.resolve() for record in found):
             problems.append(f"{path} is named twice. Name each run once.")
             continue
-        content = _json(file, problems)
+        fix = AGAIN if file.name in FILES else f"{AGAIN[:-1]}; if no command wrote it: {RULE}."
+        content = _json(file, problems, fix)
         record = None if content is None else _record(file, content, problems)
         if record:
             found.append(record)
@@ -86,17 +94,16 @@ def read(paths: Sequence[Path], problems: list[str]) -> list[Record]:
 
 def _file(path: Path, problems: list[str]) -> Path | None:
     """The file that tells of the run `path`."""
-    try:
-        if path.is_file():
-            return path
-        if not path.is_dir():
-            problems.append(f"RUN is a folder or a file of a run that exists; there is none at {path}.")
-            return None
-        known = [path / name for name in FILES if (path / name).is_file()]
-        found = known or [file for file in sorted(path.glob("*.json")) if _tells(file)]
-    except OSError as error:
-        problems.append(f"{path} cannot be read ({error.strerror}).")
+    if path.is_file() and path.suffix.lower() == ".json":
+        return path
+    if path.is_file():
+        problems.append(f"{RULE}; {path} is neither. {_instead(path)}")
         return None
+    if not path.is_dir():
+        problems.append(f"{RULE}; there is nothing at {path}. Name one that is there.")
+        return None
+    known = [path / name for name in FILES if (path / name).is_file()]
+    found = known or [file for file in sorted(path.glob("*.json")) if _tells(file)]
     if len(found) > 1:
         names = listed((file.name for file in found), 5)
         problems.append(
@@ -105,14 +112,30 @@ def _file(path: Path, problems: list[str]) -> Path | None:
         return None
     if found:
         return found[0]
-    inside = sorted(
-        folder for folder in path.iterdir() if folder.is_dir() and any((folder / n).is_file() for n in FILES)
+    lacks = (
+        f"has no record ({', '.join(FILES)}, or the JSON file of a benchmark)" if any(path.iterdir()) else "is empty"
     )
-    hint = f" Runs are in it: name {inside[0]}{', say' if len(inside) > 1 else ''}." if inside else ""
-    problems.append(
-        f"A run is a folder with a record: {', '.join(FILES)}, or the JSON file of a benchmark; there is none in {path}.{hint}"
-    )
+    problems.append(f"{RULE}; {path} {lacks}. {_instead(path)}")
     return None
+
+
+def _instead(path: Path) -> str:
+    """What to name instead of a file or folder that does not tell of a run."""
+    inside = sorted(folder for folder in path.iterdir() if _is_run(folder)) if path.is_dir() else []
+    if inside:
+        return f"Runs are in it: name {inside[0]}{', say' if len(inside) > 1 else ''}."
+    results = path.with_suffix(".json")
+    if results != path and results.is_file() and _tells(results):  # the page of a benchmark
+        return f"Name {results}."
+    if around := next(filter(_is_run, path.parents[:2]), None):
+        return f"It is in the folder of a run: name {around}."
+    if any((path / name).is_file() for name in MODEL_FILES):
+        return f"It is a model: name the folder that `slicefine analyze {path}` or another command with it wrote."
+    return "Name the folder that the command wrote, its --output."
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FILES)
 
 
 def _tells(file: Path) -> bool:
@@ -147,13 +170,12 @@ def _record(file: Path, content: Any, problems: list[str]) -> Record | None:
     kind = kind_of(content)
     if kind is None:
         part = any(file.name in names for names in PARTS.values())
-        fix = (
-            f"It is a part of a run; name the run's folder: {file.parent}."
-            if part
-            else "Name a run's folder, or the JSON file of an analysis, an evaluation, a benchmark or a plan."
-        )
+        fix = f"It is a part of a run; name the run's folder: {file.parent}." if part else _instead(file)
+        if file.name in FILES:
+            fix = f"Was it changed by hand? {AGAIN}"
         called = content.get("kind") if isinstance(content, dict) else None
-        problems.append(f"{file} is no record that is known here{f' (kind {called!r})' if called else ''}. {fix}")
+        said = f"{file} is no record that is known here{f' (kind {called!r})' if called else ''}"
+        problems.append(f"{RULE}; {said}. {fix}")
         return None
     version = content.get("version", content.get("format", VERSION))
     if version != VERSION:
@@ -204,30 +226,28 @@ def _other_version(file: Path, version: Any) -> str:
     )
 
 
-def _json(file: Path, problems: list[str]) -> Any:
-    text = _text(file, problems)
+def _json(file: Path, problems: list[str], fix: str = AGAIN) -> Any:
+    text = _text(file, problems, fix)
     if text is None:
         return None
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        problems.append(
-            f"{file} is damaged: line {error.lineno}, column {error.colno}: {error.msg}. Run the command again."
-        )
+        problems.append(f"{file} is damaged: line {error.lineno}, column {error.colno}: {error.msg}. {fix}")
         return None
     except RecursionError:
-        problems.append(f"{file} is damaged: it is nested too deeply to be read. Run the command again.")
+        problems.append(f"{file} is damaged: it is nested too deeply to be read. {fix}")
         return None
     if content is None:
-        problems.append(f"{file} is damaged: it holds nothing (null). Run the command again.")
+        problems.append(f"{file} is damaged: it holds nothing (null). {fix}")
     return cleaned(content) if ESCAPED.search(text) else content
 
 
-def _text(file: Path, problems: list[str]) -> str | None:
+def _text(file: Path, problems: list[str], fix: str = AGAIN) -> str | None:
     try:
         return NOT_TEXT.sub("\ufffd", file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        problems.append(f"{file} is damaged: byte {error.start} is not UTF-8. Run the command again.")
+        problems.append(f"{file} is damaged: byte {error.start} is not UTF-8. {fix}")
     except OSError as error:
         problems.append(f"{file} cannot be read ({error.strerror}).")
     return None

@@ -9,6 +9,12 @@ from typing import Any
 
 NO_BREAK = "\u00a0"
 _SIGNS = re.compile(r"(?<=\d) (?=%)|(?<=\b[a-zA-Z]) (?== [\d-])|(?<=\b[a-zA-Z] =) (?=[\d-])")
+GENERIC = re.compile(
+    r"(adapter|base|best|checkpoint|export|exported|final|last|latest|merged|model|output|pretrained|run|snapshot|weight)s?|"
+    r"(checkpoint|epoch|step)[-_]?\d+|[0-9a-f]{40}",
+    re.IGNORECASE,
+)
+"""Names of folders that do not say which model is in them."""
 DASH = "\u2013"
 """Stands where there is nothing to say."""
 METRICS = {
@@ -141,9 +147,14 @@ def shorten(text: str, longest: int) -> str:
 
 
 def base_name(model: str) -> str:
-    """What a model is called in a sentence: the last part of a path, the whole name of the hub."""
-    parts = [part for part in model.replace("\\", "/").split("/") if part]
-    return model if len(parts) <= 2 and not model.startswith(("/", ".", "~")) else (parts[-1] if parts else model)
+    """What a model is called in a sentence: the whole name of the hub; of a path the last part, and those before a part that says nothing."""
+    parts = [part for part in model.replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
+    if not parts or (len(parts) <= 2 and not model.startswith(("/", ".", "~"))):
+        return model
+    first = len(parts) - 1
+    while first and GENERIC.fullmatch(parts[first]):
+        first -= 1
+    return "/".join(parts[first:])
 
 
 def device(name: Any) -> str:

@@ -10,6 +10,8 @@ Point = tuple[float, float]
 Item = TypeVar("Item")
 MOST = 400
 """Points of a line. It is drawn less than twice as many pixels wide."""
+ROUGH = 60
+"""Logged losses from which on their mean is drawn."""
 
 
 def thin(points: Sequence[Point], most: int = MOST) -> list[Point]:
@@ -26,9 +28,16 @@ def thin(points: Sequence[Point], most: int = MOST) -> list[Point]:
     return [*kept, points[-1]]
 
 
+def neighbours(points: Sequence[Point]) -> int:
+    """Over how many neighbours a logged loss is to be smoothed; 0: not at all."""
+    return max(3, len(points) // 40) if len(points) >= ROUGH else 0
+
+
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
     """The mean of y over `window` neighbours, as many before as after; fewer at the ends."""
-    half = max(0, window // 2)
+    half = window // 2
+    if half < 1:
+        return list(points)
     sums = [0.0, *accumulate(y for _, y in points)]
     found = []
     for at, (x, _) in enumerate(points):

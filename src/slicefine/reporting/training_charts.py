@@ -10,24 +10,22 @@ from slicefine.reporting.history import History
 from slicefine.reporting.page import Chart, Key
 from slicefine.reporting.palette import INK, MUTED, series
 from slicefine.reporting.text import HUNDREDTHS, brief, decimal, device, finite, metric, metric_name, plural, size
-from slicefine.reporting.thinning import smooth, spaced, thin
+from slicefine.reporting.thinning import neighbours, smooth, spaced, thin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROUGH = 60
-"""Logged losses from which on their mean is drawn as well."""
 MOST_MOVES = 80
 """Moves that are drawn."""
 
 
 def loss(of: History) -> Chart:
     """Loss over steps, with the learning rate below and the moves through both."""
-    window = max(3, len(of.loss) // 40) if len(of.loss) >= ROUGH else 0
+    window = neighbours(of.loss)
     held_out = of.validation.get("loss", [])
     end = of.last_step
-    rough, even = thin(of.loss), thin(smooth(of.loss, window)) if window else thin(of.loss)
+    rough, even = thin(of.loss), thin(smooth(of.loss, window))
 
     def draw(figure: Figure, narrow: bool) -> None:
         if of.learning_rate:

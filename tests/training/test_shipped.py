@@ -16,7 +16,7 @@ from slicefine.training import shipped
 from slicefine.training.named import NAMED, SUITES
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import RunRecord
-from slicefine.training.run import planned_steps
+from slicefine.training.run import planned_steps, train
 from slicefine.training.smoke import smoke
 
 ROOT = Path(__file__).parents[2]
@@ -223,6 +223,18 @@ def test_the_smoke_test_names_the_classes(settings: dict[str, Any], tmp_path: Pa
     folder = tmp_path / "smoke"
     folder.mkdir()
     assert "classes    3: food, space, sport" in smoke(Recipe.from_flat(settings), folder)
+
+
+def test_a_depth_window_is_trained_and_left_out_of_the_smoke_test(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Of the tiny model's two blocks a window cannot take as many."""
+    window = {"slice.depth_window": [0, 1], "slice.depth_every": 2, "slice.depth_stack": "bert.encoder.layer"}
+    recipe = Recipe.from_flat(settings | window | {"training.max_steps": 4, "slice.slide_every": 2})
+    train(recipe)
+    config = json.loads((Path(recipe.output) / "adapter" / "adapter_config.json").read_text())
+    assert {f"slice.{name}": config[name] for name in ("depth_window", "depth_every", "depth_stack")} == window
+    elsewhere = {"slice.depth_window": [0, 5], "slice.depth_stack": "model.layers", "output": str(tmp_path / "other")}
+    (tmp_path / "smoke").mkdir()
+    smoke(Recipe.from_flat(recipe.flat() | elsewhere), tmp_path / "smoke")
 
 
 def test_the_smoke_test_takes_what_it_can_have_of_the_model(lm_settings: dict[str, Any], tmp_path: Path) -> None:

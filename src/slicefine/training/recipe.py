@@ -108,6 +108,8 @@ class SliceSettings:
     """Indices of blocks, each in turn the lowest one that is trained, e.g. [0, 2, 4]; null = all are"""
     depth_every: int = 25
     """Optimizer steps of each turn of depth_window"""
+    depth_stack: str | None = None
+    """Name of the list of blocks that depth_window counts in; null = the only one"""
     target_modules: str | list[str] = "all-linear"
     """Names or suffixes of layers, a regular expression, or all-linear"""
     target_parameters: list[str] | None = None

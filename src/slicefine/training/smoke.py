@@ -71,6 +71,7 @@ def _overrides(recipe: Recipe, folder: Path, model: Path) -> dict[str, Any]:
         "slice.layers_pattern": None,
         "slice.depth_window": None,
         "slice.depth_every": SliceSettings.depth_every,
+        "slice.depth_stack": None,
         "training.max_steps": STEPS,
         "training.per_device_train_batch_size": min(4, training.per_device_train_batch_size),
         "training.per_device_eval_batch_size": min(8, training.per_device_eval_batch_size),

@@ -229,6 +229,13 @@ def test_a_weight_smaller_than_the_number_of_groups_is_cut_where_it_can_be() -> 
     ]
 
 
+def test_heads_of_query_key_and_value_in_one_weight_are_said_to_be() -> None:
+    result = analyse(LoadedWeights(ARCHITECTURES["GPT-2"].build()))
+    heads = {entry["name"].partition(".attn.")[2]: entry for entry in result["weights"] if entry["axis"] == "head"}
+    assert (heads["c_attn"]["groups"], heads["c_attn"]["note"]) == (6, balance.MIXED)
+    assert (heads["c_proj"]["groups"], heads["c_proj"]["note"]) == (2, "")
+
+
 def test_one_head_is_nothing_to_compare() -> None:
     result = analyse(LoadedWeights(ARCHITECTURES["Llama"].build()))
     assert [entry["name"] for entry in result["skipped"]] == [

@@ -95,7 +95,7 @@ HEADS = {
     "Llama": {"q_proj": Heads("row", 8, 2), "k_proj": Heads("row", 8, 1), "v_proj": Heads("row", 8, 1), "o_proj": Heads("column", 8, 2)},
     "Qwen3": {"q_proj": Heads("row", 8, 2), "o_proj": Heads("column", 8, 2)},
     "Phi": {"q_proj": Heads("row", 8, 2), "dense": Heads("column", 8, 2)},
-    "GPT-2": {"c_attn": Heads("row", 8, 6), "attn.c_proj": Heads("column", 8, 2), "mlp.c_proj": None},
+    "GPT-2": {"c_attn": Heads("row", 8, 6, fused=True), "attn.c_proj": Heads("column", 8, 2), "mlp.c_proj": None},
     "Mamba": {"in_proj": None, "out_proj": None},
     "T5": {"EncDecAttention.k": Heads("row", 8, 2), "SelfAttention.o": Heads("column", 8, 2), "wo": None},
     "BERT": {"query": Heads("row", 8, 2), "attention.output.dense": Heads("column", 8, 2), "intermediate.dense": None, "pooler.dense": None},

@@ -36,6 +36,7 @@ DEFINITION = (
     "the energy spread is its square root; the decay distance is the mean over the groups of the total variation distance between the eigenvalues of "
     "W_g W_g^T, as shares of their sum, and the mean of these shares."
 )
+MIXED = "Its heads are those of query, key and value, which are compared with one another."
 FIGURES = ("rho", "energy_spread", "decay_distance")
 
 Say = Callable[[int, int, str], None]
@@ -62,6 +63,7 @@ class Cut(NamedTuple):
     along: str
     """What is cut: `"row"` or `"column"`."""
     groups: int
+    note: str = ""
 
 
 def run(source: Weights, settings: Settings, say: Say) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _cuts(shape: Shape, heads: Heads | None, groups: int) -> tuple[list[Cut], li
         else:
             reasons.append(f"{groups} groups of {axis}s need as many {axis}s; it has {size}")
     if heads is not None and heads.count > 1:
-        cuts.append(Cut(HEAD, heads.axis, heads.count))
+        cuts.append(Cut(HEAD, heads.axis, heads.count, MIXED if heads.fused else ""))
     elif heads is not None:
         reasons.append("it has one head, which there is nothing to compare with")
     return cuts, reasons
@@ -131,7 +133,8 @@ def _of_weight(
             spectra.append(Spectra.of(cut(weight, way.along, way.groups)))
     entries = []
     for way, spectra, by_rows, by_entries in zip(cuts, found, permuted, shuffled, strict=True):
-        notes = [f"{zeros[way.along]:,} of its {way.along}s are zero."] if zeros[way.along] else []
+        notes = [way.note] if way.note else []
+        notes += [f"{zeros[way.along]:,} of its {way.along}s are zero."] if zeros[way.along] else []
         dead = way.groups - len(spectra.decay)
         notes += [f"{dead} of its groups are zero, and have no decay."] if dead else []
         notes += ["Large: one draw of each null."] if weight.numel() > LARGE and settings.draws > 1 else []

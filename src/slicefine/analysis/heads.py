@@ -14,11 +14,13 @@ from torch import nn
 from slicefine.slicing import COLUMN, ROW, SLICE_AXES
 from slicefine.tuner.base_layers import Place
 
+FUSED = ("c_attn", "qkv_proj", "query_key_value", "qkv", "Wqkv", "in_proj")
+"""Names of layers that write query, key and value, whose heads are all rows of one weight."""
 WRITE = (
     "q_proj", "k_proj", "v_proj", "query", "key", "value", "query_proj", "key_proj", "value_proj", "q_lin", "k_lin", "v_lin", "q", "k", "v",
-    "pos_query_proj", "pos_key_proj", "c_attn", "qkv_proj", "query_key_value", "qkv", "Wqkv", "in_proj",
+    "pos_query_proj", "pos_key_proj", *FUSED,
 )  # fmt: skip
-"""Names of layers whose rows are those of heads; the last six write query, key and value, whose heads lie one after another."""
+"""Names of layers whose rows are those of heads."""
 READ = ("o_proj", "out_proj", "out_lin", "o", "c_proj", "dense", "Wo", "proj")
 """Names of layers whose columns are those of heads."""
 SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
@@ -34,6 +36,8 @@ class Heads(NamedTuple):
     """Rows or columns of a head."""
     count: int
     """Heads, those of query, key and value together where one weight has them all."""
+    fused: bool = False
+    """Whether it has: then heads of query, key and value are compared with one another."""
 
 
 def find_heads(model: nn.Module, places: Mapping[str, Place]) -> dict[str, Heads]:
@@ -48,7 +52,7 @@ def _heads_of(model: nn.Module, name: str, place: Place) -> Heads | None:
     if axis is None or size is None:
         return None
     count, rest = divmod(place.shape[SLICE_AXES.index(axis)], size)
-    return None if rest else Heads(axis, size, count)
+    return None if rest else Heads(axis, size, count, last in FUSED)
 
 
 def _head_size(model: nn.Module, path: list[str]) -> int | None:

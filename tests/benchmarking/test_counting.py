@@ -17,7 +17,7 @@ from slicefine.benchmarking.setups import Setup
 from slicefine.errors import SliceFineError
 
 TRAINED = (
-    "frozen-limit", "full", "SliceFine-2R", "SliceFine-2C", "SliceFine-2RC", "RoCoFT-2R", "LoRA-r2", "AdaLoRA-r2", "VeRA-r4",
+    "frozen-limit", "full", "SliceFine-2R", "SliceFine-2C", "SliceFine-2RC", "SliceFine-2S", "RoCoFT-2R", "LoRA-r2", "AdaLoRA-r2", "VeRA-r4",
     "HRA-r2", "SHiRA-r2", "random-mask-r2", "split-rows-r2", "split-columns-r2",
 )  # fmt: skip
 

@@ -183,11 +183,11 @@ def test_blocks_that_a_shorter_model_has_are_enough(settings: dict[str, Any]) ->
     assert short.saved == step_memory(of, attached(of, SLICEFINE), gpu=True).saved
 
 
-def test_12_billion_parameters_in_20_seconds_and_2_gigabytes() -> None:
+@pytest.mark.parametrize("axis", ["alternate", "coupled"])
+def test_12_billion_parameters_in_20_seconds_and_2_gigabytes(axis: str) -> None:
     """The values of the weights alone would take 24 GB. Seconds of one core, so that other processes do not count."""
-    made = recipe(
-        training__bf16=True, data__max_length=768, slice__r=5, slice__slide_every=500, training__max_steps=3648
-    )
+    settings = {"slice__axis": axis, "slice__r": 5, "slice__slide_every": 500}
+    made = recipe(training__bf16=True, data__max_length=768, training__max_steps=3648, **settings)
     began = time.process_time()
     planned = plan(made, read_config("gemma-3-12b"), memory=parse_memory("64GiB"))
     assert time.process_time() - began < 20

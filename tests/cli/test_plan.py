@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,30 @@ def test_another_model_with_a_recipe(recipe_file: Path, capsys: pytest.CaptureFi
 def test_models_that_bench_knows_need_no_network(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", name, "--training.per_device_train_batch_size", "2", "--device", "cpu"]) == 0
     assert f"{name} (" in capsys.readouterr().out
+
+
+def test_coupled_slices_and_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--slice.axis",
+        "coupled",
+        "--slice.depth_window",
+        "[0, 3]",
+        "--training.max_steps",
+        "900",
+        "--device",
+        "cpu",
+    ]
+    assert main(["plan", "llama-3.2-3b-small", *flags, "--output", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert "warning" not in captured.err  # every weight has its partner
+    assert "r=5 axis=coupled slide_every=500 order=sweep, 42 weights" in captured.out
+    turns = next(line for line in captured.out.splitlines() if line.startswith("turns"))
+    assert re.fullmatch(
+        r"turns +[\d,]+ active from block 0, [\d,]+ active from block 3; [\d,]+ in the mean; 25 steps each", turns
+    )
+    made = json.loads((tmp_path / "plan.json").read_text())
+    assert [turn["lowest"] for turn in made["turns"]] == [0, 3]
+    assert made["turns"][0]["active"] == 2 * made["turns"][1]["active"] == made["methods"][0]["active"]
 
 
 def test_experts_are_flags_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

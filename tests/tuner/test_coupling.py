@@ -653,12 +653,67 @@ def test_a_classifier_without_a_pad_token():
     assert {name.rpartition(".")[2] for name in probed(model)} == {"c_attn", "c_proj", "c_fc"}
 
 
-def test_a_model_without_values():
+def test_a_classifier_of_images_within_a_larger_model():
+    """CLIP, whose configuration has the size of images in a part of its own."""
+    model = of("CLIPForImageClassification", **ARCHITECTURES["CLIP"].settings)
+    assert {name.rpartition(".")[2] for name in probed(model)} >= {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "out_proj",
+        "fc1",
+        "fc2",
+    }
+
+
+def test_a_layer_that_gives_more_than_one_tensor_has_no_partner():
+    """Phi's router."""
+    model = of("PhimoeForCausalLM", **DECODER | {"num_local_experts": 2, "num_experts_per_tok": 2})
+    assert {name.rpartition(".")[2] for name in probed(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+# ---------------------------------------------------------------------- a model without values
+
+MIXTURES = {
+    "experts in one parameter": lambda: of("MixtralForCausalLM", **DECODER | {"num_local_experts": 4}),
+    "experts stored the other way round, with biases": lambda: of(
+        "GptOssForCausalLM", **DECODER | {"num_local_experts": 4, "head_dim": 8, "num_experts_per_tok": 2}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *MIXTURES])
+def test_partners_do_not_depend_on_values(name):
+    build, inputs, _ = MODELS[name] if name in MODELS else (MIXTURES[name], None, None)
+    model = build()
+    inputs = inputs and inputs()
+    expected = probed(model, inputs)
+    model.to("meta")
+    held = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    assert probed(model, inputs) == expected
+    assert {id(tensor) for tensor in [*model.parameters(), *model.buffers()]} == held
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_experts_in_half_precision_without_values():
+    model = MIXTURES["experts in one parameter"]()
+    expected = probed(model)
+    assert probed(model.bfloat16().to("meta")) == expected
+
+
+def test_attaching_to_a_model_without_values():
     with torch.device("meta"):
         model = llama()
-    with pytest.raises(
-        SliceFineError, match=r"a model on the meta device has no values.*take `couplings` from the configuration"
-    ):
+    assert {n: s.axis for n, s in active_slices(attached(model)).items()} == {
+        n: s.axis for n, s in active_slices(attached(llama())).items()
+    }
+
+
+def test_a_model_of_which_a_part_has_no_values():
+    model = llama()
+    model.model.layers[1].to("meta")
+    with pytest.raises(SliceFineError, match=r"a part of this model is on the meta device.*take `couplings` from the"):
         attached(model)
     given = {name: str(layout) for name, layout in probed(llama()).items()}
     assert len(active_slices(attached(model, couplings=given))) == 14

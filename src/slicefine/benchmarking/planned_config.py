@@ -147,14 +147,20 @@ def settle(recipe: Recipe, config: Any) -> None:
         config.num_frames = recipe.data.num_frames or getattr(config, "num_frames", None)
         if config.num_frames is None:
             problems.append(f"video-classification is for models with `num_frames`; this is a {config.model_type}.")
-        elif config.num_frames % getattr(config, "tubelet_size", 1):
-            problems.append(f"`data.num_frames` is a multiple of {config.tubelet_size}; got {config.num_frames}.")
+        elif config.num_frames % (tubelet := tubelet_frames(config)):
+            problems.append(f"`data.num_frames` is a multiple of {tubelet}; got {config.num_frames}.")
     raise_all(problems, "Plan")
     config.problem_type = "single_label_classification"
     if recipe.data.label_kind == "number":
         config.num_labels, config.problem_type = 1, "regression"
     if recipe.task == TEXT and config.get_text_config().pad_token_id is None:  # as the task sets it, from the tokenizer
         config.pad_token_id = config.get_text_config().pad_token_id = 0
+
+
+def tubelet_frames(config: Any) -> int:
+    """Frames of a clip that a model takes as one; ViViT says so beside a height and a width."""
+    size = getattr(config, "tubelet_size", 1)
+    return size if isinstance(size, int) else size[0]
 
 
 def _goes_on(config: Any) -> bool:

@@ -22,10 +22,11 @@ from slicefine.benchmarking.attaching import PEFT_TASKS
 from slicefine.benchmarking.fake_tensors import fake
 from slicefine.benchmarking.methods import Method
 from slicefine.benchmarking.planned_config import first_line
+from slicefine.benchmarking.planned_couplings import planned_couplings
 from slicefine.benchmarking.planned_model import Subject, logits_in_place, loss_of, prepare
 from slicefine.benchmarking.saved_bytes import StepMemory, count
 from slicefine.errors import SliceFineError, SliceFineWarning
-from slicefine.slicing import Region, Schedule, Shape, artifact_size
+from slicefine.slicing import COUPLED, Region, Schedule, Shape, artifact_size
 from slicefine.training.recipe import Recipe
 from slicefine.tuner import SliceFineConfig, parameter_counts
 from slicefine.tuner.inspection import tuned
@@ -51,7 +52,7 @@ class Cost:
 
     method: str
     active: int
-    """Parameters trained at a step, heads left out."""
+    """Parameters trained at a step, heads left out; the most of all turns of a depth window."""
     added: int
     """Parameters that stay in the model beside its own, unless the adapter is merged."""
     heads: int
@@ -84,7 +85,7 @@ def cost(
     model: nn.Module | None = None,
     deep: int = DEEP,
 ) -> Cost:
-    """What `method` needs. The layers of a deep model are counted as in `repeated_step_memory`.
+    """What `method` needs, of a depth window in the turn that needs most. The layers of a deep model are counted as in `repeated_step_memory`.
 
     Args:
         steps: Length of the run, which matters for SliceFine alone; None = one that trains all there is to train.
@@ -92,14 +93,18 @@ def cost(
         deep: Layers from which on a model is deep.
     """
     model = attached(of, method) if model is None else model
-    step = repeated_step_memory(of, method, model, gpu=gpu) if of.layers >= deep else None
+    busiest, busy = of, model
+    if method == SLICEFINE and of.recipe.slice.depth_window is not None:
+        busiest = of.in_full
+        busy = attached(busiest, method)
+    step = repeated_step_memory(busiest, method, busy, gpu=gpu) if of.layers >= deep else None
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     held = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     masters = {} if method == FULL else trained
     names = of.heads(of.build()) if method == FULL else [MODULES_TO_SAVE]
     heads = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and {*name.split(".")} & {*names})
     of_ours = method == SLICEFINE
-    active = parameter_counts(model).active if of_ours else sum(p.numel() for p in trained.values()) - heads
+    active = parameter_counts(busy).active if of_ours else sum(p.numel() for p in trained.values()) - heads
     return Cost(
         method=_title(method, of.recipe),
         active=active,
@@ -110,7 +115,7 @@ def cost(
         moments=MOMENTS * _bytes(trained.values()),
         originals=_originals(model, steps) if of_ours else 0,
         artifact=_artifact(model, steps) if of_ours else _bytes(trained.values()),
-        step=step or step_memory(of, model, gpu=gpu),
+        step=step or step_memory(busiest, busy, gpu=gpu),
     )
 
 
@@ -132,6 +137,8 @@ def attached(of: Subject, method: str, device: str = "meta") -> nn.Module:
         )
     config.task_type = cast(Any, PEFT_TASKS.get(of.recipe.task))
     config.modules_to_save = [*(of.recipe.slice.modules_to_save or []), *of.heads(model)] or None
+    if config is ours and ours.axis == COUPLED and device == "meta":
+        ours.couplings = planned_couplings(of, model, ours)
     # Names of layers are those of the model, and not of one of transformers 4, for which PEFT would take `gate_proj` of a mixture.
     as_named = patch.object(
         transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None
@@ -159,7 +166,7 @@ def _originals(model: nn.Module, steps: int | None) -> int:
     kept = 0
     for _, layer, adapter in tuned(model):
         schedule, shape = layer.slicefine_state[adapter].schedule, layer.shape
-        rows, columns = touched(schedule, FOREVER if steps is None else steps + 1, shape)
+        rows, columns = _kept(schedule, FOREVER if steps is None else steps, shape)
         bias = shape[0] if adapter in layer.slicefine_bias else 0
         kept += ((rows * shape[1] + columns * shape[0]) * math.prod(shape[2:]) + bias) * layer.dtype.itemsize
     return kept
@@ -177,6 +184,13 @@ def _artifact(model: nn.Module, steps: int | None) -> int:
             sizes[key] = artifact_size(schedule, shape, end, itemsize=layer.dtype.itemsize, bias=bias)
         saved += sizes[key]
     return saved
+
+
+@lru_cache(maxsize=1024)
+def _kept(schedule: Schedule, steps: int, shape: Shape) -> tuple[int, int]:
+    """Numbers of rows and of columns whose originals are kept after `steps` optimizer steps."""
+    region = Region.of([*schedule.touched(steps, shape), schedule.slice_at(steps, shape)])
+    return len(region.rows), len(region.columns)
 
 
 @lru_cache(maxsize=1024)

@@ -21,7 +21,7 @@ from trl.trainer import utils as trl_utils
 from slicefine.benchmarking.models import BUILT_BY, CAUSAL_LM, TEXT, VIDEO
 from slicefine.benchmarking.planned_config import first_line, settle
 from slicefine.errors import SliceFineError
-from slicefine.training.recipe import Recipe
+from slicefine.training.recipe import Recipe, SliceSettings
 from slicefine.training.tasks.text_classification import positions
 
 SIDE = 224
@@ -78,6 +78,13 @@ class Subject:
         """What the configuration says of each layer."""
         by_layer = self._by_layer()
         return [tuple(values[i] for values in by_layer.values()) for i in range(self.layers)]
+
+    @property
+    def in_full(self) -> Subject:
+        """The same model without a depth window: trained as in the turn whose lowest block is the first of all."""
+        usual = {name: value for name, value in vars(SliceSettings()).items() if name.startswith("depth_")}
+        slices = dataclasses.replace(self.recipe.slice, **usual)
+        return dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, slice=slices))
 
     def with_layers(self, kinds: list[tuple[Any, ...]]) -> Subject:
         """The same model with other layers, of these kinds."""

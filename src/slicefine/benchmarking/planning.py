@@ -31,6 +31,7 @@ from slicefine.training.run import planned_steps
 from slicefine.tuner import parameter_counts
 from slicefine.tuner.base_layers import LINEAR_LAYERS
 from slicefine.tuner.inspection import tuned
+from slicefine.tuner.layer import SliceLayer
 
 GPU, CPU = "gpu", "cpu"
 DEVICES = (GPU, CPU)
@@ -48,6 +49,16 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A turn of a depth window."""
+
+    lowest: int
+    """Index of the lowest block that is trained."""
+    active: int
+    """Parameters trained at its steps, slices at their first position."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a run will cost."""
 
@@ -60,9 +71,14 @@ class Plan:
     padded: bool
     """Whether texts of a batch are taken to differ in length, so that attention has a mask."""
     counts: ParameterCounts
+    """Active: the most of all turns of a depth window."""
+    turns: list[Turn]
+    """Of a depth window, in their order; none without one."""
     steps: int | None
     """Length of the run; None where it is not known."""
     moves: int | None
+    fewest_moves: int | None
+    """Of the slices that rest the longest below a depth window; else `moves`."""
     targets: int
     """Weights that are sliced."""
     coverage: float | None
@@ -126,12 +142,17 @@ def plan(
     model = attached(of, SLICEFINE)
     layers = tuned(model)
     counts = parameter_counts(model, steps)
-    biases = sum(layer.slicefine_bias[a].numel() for _, layer, a in layers if a in layer.slicefine_bias)
+    biases = sum(
+        layer.slicefine_bias[a].numel()
+        for _, layer, a in layers
+        if a in layer.slicefine_bias and layer.slicefine_state[a].schedule.own(steps or 0)
+    )
     shapes = [layer.shape for _, layer, _ in layers]
     linear = all(layer.place.is_layer and isinstance(layer.place.module, LINEAR_LAYERS) for _, layer, _ in layers)
     schedules = [layer.slicefine_state[a].schedule for _, layer, a in layers]
     both = zip(schedules, shapes, strict=True)
     ranks = [min(sum(touched(schedule, steps, shape)), *shape[:2]) for schedule, shape in both] if steps else []
+    moves = [] if steps is None else [schedule.moves(max(steps - 1, 0)) for schedule in schedules]
     costs, notes = [cost(of, SLICEFINE, gpu=gpu, steps=steps, model=model)], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SliceFineWarning)  # said when SliceFine was attached
@@ -146,9 +167,11 @@ def plan(
         gpu=gpu,
         attention=of.attention,
         padded=of.padded,
-        counts=counts,
+        counts=dataclasses.replace(counts, active=costs[0].active),
+        turns=_turns(layers, recipe.slice.depth_window or []),
         steps=steps,
-        moves=None if steps is None else recipe.slice_schedule.moves(max(steps - 1, 0)),
+        moves=max(moves, default=None),
+        fewest_moves=min(moves, default=None),
         targets=len(layers),
         coverage=((counts.planned or 0) - biases) / sum(map(math.prod, shapes)) if steps else None,
         lora_rank=max(ranks, default=None) if linear else None,
@@ -159,6 +182,17 @@ def plan(
         smallest=None,
     )
     return made if made.fits(costs[0].device) else _with_changes(made, config)
+
+
+def _turns(layers: list[tuple[str, SliceLayer, str]], window: list[int]) -> list[Turn]:
+    active = [0] * len(window)
+    for _, layer, adapter in layers:
+        schedule, shape = layer.slicefine_state[adapter].schedule, layer.shape
+        size = schedule.slice_at(0, shape).size(shape)
+        size += layer.slicefine_bias[adapter].numel() if adapter in layer.slicefine_bias else 0
+        for number in range(len(window)):
+            active[number] += size if schedule.window is None or schedule.window.turns[number] else 0
+    return [Turn(lowest=lowest, active=count) for lowest, count in zip(window, active, strict=True)]
 
 
 def run_length(recipe: Recipe, examples: int | None) -> int | None:

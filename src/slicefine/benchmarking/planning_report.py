@@ -30,8 +30,10 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "total": plan.counts.total,
             "modules_to_save": plan.counts.modules_to_save,
         },
+        "turns": [{"lowest": turn.lowest, "active": turn.active} for turn in plan.turns],
         "steps": plan.steps,
         "moves": plan.moves,
+        "fewest_moves": plan.fewest_moves,
         "targets": plan.targets,
         "coverage": plan.coverage,
         "lora_rank": plan.lora_rank,
@@ -98,10 +100,11 @@ def _head(plan: Plan) -> list[str]:
         f"{'batch':<12} {training.per_device_train_batch_size} x {each}, accumulation {training.gradient_accumulation_steps}, {', '.join(extras)}, "
         f"{'GPU' if plan.gpu else 'CPU'}",
         f"{'slices':<12} {recipe.slice_schedule}, {plan.targets} weights",
-        f"{'parameters':<12} {counts.active:,} active, {counts.touched:,} touched, {planned} planned, {counts.added} added"
+        f"{'parameters':<12} {counts.active:,} active{' at most' if plan.turns else ''}, {counts.touched:,} touched, {planned} planned, {counts.added} added"
         + (f"; {counts.modules_to_save:,} in new modules, trained in full" if counts.modules_to_save else ""),
+        *_turns(plan),
         f"{'run':<12} {length}"
-        + ("" if plan.moves is None else f", {plan.moves} moves")
+        + ("" if plan.moves is None else f", {_moves(plan)} moves")
         + ("" if plan.coverage is None else f", {plan.coverage:.2%} of these weights trained in the end"),
     ]
     if plan.lora_rank is not None:
@@ -112,6 +115,19 @@ def _head(plan: Plan) -> list[str]:
     elif plan.steps is not None:
         lines.append(f"{'as LoRA':<12} not exported: slices are in more than linear layers")
     return lines
+
+
+def _turns(plan: Plan) -> list[str]:
+    """The most is needed in the turn with the lowest block, so memory and the rest are said of it."""
+    if not plan.turns:
+        return []
+    each = ", ".join(f"{turn.active:,} active from block {turn.lowest}" for turn in plan.turns)
+    mean = sum(turn.active for turn in plan.turns) // len(plan.turns)
+    return [f"{'turns':<12} {each}; {mean:,} in the mean; {plan.recipe.slice.depth_every} steps each"]
+
+
+def _moves(plan: Plan) -> str:
+    return f"{plan.moves}" if plan.fewest_moves == plan.moves else f"{plan.fewest_moves} to {plan.moves}"
 
 
 def _table(plan: Plan) -> list[str]:

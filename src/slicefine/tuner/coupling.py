@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from slicefine.tuner.base_layers import CONVOLUTIONS, LINEAR_LAYERS, Place
 from slicefine.tuner.config import SliceFineConfig
 from slicefine.tuner.layer import SliceLayer
 from slicefine.tuner.probe import Probe
+from slicefine.tuner.stand_ins import stand_ins
 from slicefine.tuner.targets import base_place, find_targets
 
 ROWS, IMAGES, CLIPS = 8, 4, 2
@@ -34,11 +36,11 @@ def couplings(model: nn.Module, config: SliceFineConfig, batch: Mapping[str, Any
     """What `config.couplings` is to be for a model whose inputs cannot be guessed from its configuration.
 
     Args:
-        model: The base model, with values. It is not changed.
+        model: The base model. It is not changed.
         config: Its targets are those that are coupled.
         batch: What the model is called with, on its device; two rows at least.
 
-    Raises `SliceFineError` if the forward pass fails, or the model has no values.
+    Raises `SliceFineError` if the forward pass fails, or a part of the model has no values.
     """
     if config.task_type == "SEQ_CLS":  # PEFT says so itself, but not before the adapter is attached
         config = copy.deepcopy(config)
@@ -54,27 +56,29 @@ def find_couplings(
     The model is not changed. Random numbers are drawn from a generator of its own.
 
     Args:
-        model: The base model, with values, on any device.
+        model: The base model, on any device. On the meta device, where it has no values, others stand in for them on the CPU.
         places: Targets by name.
         batch: What the model is called with; two rows at least. None = random inputs, made from its configuration.
 
-    Raises `SliceFineError` if the model has no values, or is called with something that its configuration does not tell.
+    Raises `SliceFineError` if only a part of the model has values, or it is called with something that its configuration does not tell.
     """
     layers = {
         name: place.module for name, place in places.items() if place.is_layer or isinstance(place.module, SliceLayer)
     }
     layers = {name: module for name, module in layers.items() if _may_couple(module)}
-    if any(parameter.is_meta for parameter in model.parameters()):
+    on_meta = {parameter.is_meta for parameter in model.parameters()}
+    if len(on_meta) > 1:
         raise SliceFineError(
-            "axis='coupled' finds partners by a forward pass, and a model on the meta device has no values to compute with. Load the model first, or "
-            "take `couplings` from the configuration of an adapter of the same architecture."
+            "axis='coupled' finds partners by a forward pass, and a part of this model is on the meta device and has no values to compute with. Load "
+            "all of it, or take `couplings` from the configuration of an adapter of the same architecture."
         )
-    probe = Probe(model, layers)
-    if batch is not None:
-        probe.run(model, batch)
-    else:  # the head of a classifier may want labels, or a pad token
-        probe.run(getattr(model, "base_model", model), random_inputs(model))
-    return {name: str(layout) for name, layout in probe.layouts().items()}
+    with stand_ins(model, layers.values()) if True in on_meta else nullcontext():
+        probe = Probe(model, layers)
+        if batch is not None:
+            probe.run(model, batch)
+        else:  # the head of a classifier may want labels, or a pad token
+            probe.run(getattr(model, "base_model", model), random_inputs(model))
+        return {name: str(layout) for name, layout in probe.layouts().items()}
 
 
 def _may_couple(module: nn.Module) -> bool:
@@ -96,11 +100,12 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor]:
         tokens = torch.randint(vocabulary, (ROWS, TOKENS), generator=generator, device="cpu").to(parameter.device)
         return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
     if main == "pixel_values":
-        side = getattr(config, "image_size", None) or SIDE
+        seeing = getattr(config, "vision_config", config)
+        side = getattr(seeing, "image_size", None) or SIDE
         height, width = side if isinstance(side, list | tuple) else (side, side)
         frames = getattr(config, "num_frames", None)
         leading = (CLIPS, frames) if frames else (IMAGES,)
-        shape = (*leading, getattr(config, "num_channels", 3), height, width)
+        shape = (*leading, getattr(seeing, "num_channels", 3), height, width)
         return {"pixel_values": torch.randn(shape, generator=generator, device="cpu").to(parameter)}
     raise SliceFineError(
         f"axis='coupled' finds partners by a forward pass, and the inputs of {type(model).__name__} are not known"

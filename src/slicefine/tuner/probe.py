@@ -121,7 +121,9 @@ class Probe:
         return hook
 
     def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+            if not isinstance(output, Tensor):  # a router that gives choices as well: it has no partners
+                return None
             leaf = self._positive(output).requires_grad_()
             self._leaves[name].append(leaf)
             return leaf.clone()  # a leaf itself may not be written into

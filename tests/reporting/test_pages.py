@@ -436,6 +436,16 @@ def test_a_plan(pages: dict[str, Path]) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_plan_of_a_depth_window(tmp_path: Path) -> None:
+    turns = [{"lowest": 0, "active": 340992}, {"lowest": 4, "active": 120000}]
+    said = page_of(tmp_path, reported.plan, turns=turns)
+    assert (
+        "Depth window 2 turns Parameters trained at a step, by turn: 340,992 from block 0 on, 120,000 from block 4 on."
+        in said
+    )
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_plans_that_fit_and_plans_that_never_do(tmp_path: Path) -> None:
     assert "whether that fits is not known without the memory" in page_of(
         tmp_path, reported.plan, memory=None, steps=None

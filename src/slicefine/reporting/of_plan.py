@@ -106,6 +106,10 @@ def _figures(content: Mapping[str, Any]) -> list[Figure]:
     found.append(
         Figure(name="Artifact", value=size(ours["artifact"]), words="What will be saved, beside the base model.")
     )
+    if turns := content.get("turns"):
+        each = ", ".join(f"{count(turn['active'])} from block {turn['lowest']} on" for turn in turns)
+        words = f"Parameters trained at a step, by turn: {each}. Memory is that of the turn that needs most."
+        found.append(Figure(name="Depth window", value=plural(len(turns), "turn"), words=words))
     if content.get("lora_rank") is not None:
         words = "Rank of the run exported as a LoRA adapter that is the slices exactly."
         found.append(Figure(name="As LoRA", value=f"rank {content['lora_rank']}", words=words))

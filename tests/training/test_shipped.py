@@ -127,10 +127,12 @@ def test_the_method_is_the_papers_and_the_rest_is_declared(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*ROBERTA, *MINILM])
-def test_the_method_is_the_papers_for_texts_too(name: str) -> None:
+def test_the_method_is_the_papers_for_texts_too_but_for_minilm(name: str) -> None:
     path = shipped.find(name)
     recipe = Recipe.load(path)
-    assert (recipe.slice.r, recipe.slice.axis) == (5, "alternate")
+    # Where coupled slices were measured to be better they are what the recipe has, and the paper's setting is in its comments.
+    assert (recipe.slice.r, recipe.slice.axis) == ((5, "alternate") if name in ROBERTA else (24, "coupled"))
+    assert name in ROBERTA or "--slice.r 5 --slice.axis alternate" in path.read_text()
     lines = path.read_text().splitlines()
     if name in ROBERTA:
         declared(lines, "r", "slide_every", "learning_rate", "per_device_train_batch_size", "order", "max_length")
@@ -157,6 +159,7 @@ def counted(recipe: Recipe, lines: list[str], held_out: float = 0.0) -> tuple[in
     return steps, moves
 
 
+@pytest.mark.filterwarnings("ignore:axis='coupled'. 1 of 13 weights have no partner")  # the pooler, which trains rows
 @pytest.mark.parametrize("name", [*LANGUAGE, "minilm-text-classification"])
 def test_every_recipe_runs_with_a_tiny_model_of_its_architecture(name: str, tmp_path: Path) -> None:
     """Without a hub; all other settings are those of the recipe."""
@@ -176,6 +179,7 @@ def test_every_recipe_runs_with_a_tiny_model_of_its_architecture(name: str, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "smoke"]
 
 
+@pytest.mark.filterwarnings("ignore:axis='coupled'. 1 of 13 weights have no partner")  # the pooler, which trains rows
 @pytest.mark.parametrize("name", [*ROBERTA, *MINILM])
 def test_every_recipe_for_texts_runs_with_a_tiny_model_of_its_architecture(name: str, tmp_path: Path) -> None:
     """On files with the columns that the recipe's first lines tell, for there is no hub here."""

@@ -86,6 +86,7 @@ def test_advice_without_earlier_stages() -> None:
         ({1: 0.8, 5: 0.5}, 5, "A narrower slice does clearly worse."),
         ({1: 0.8, 5: 0.5, 16: 0.3}, 16, "r = 5 is too narrow here, try r = 16"),
         ({1: 0.52, 5: 0.5, 16: 0.5}, 1, "r = 5 is wider than it has to be here, try r = 1"),
+        ({1: 1.0, 5: 0.995, 16: 0.6}, 16, "r = 5 is too narrow here, try r = 16"),
         ({1: 1.0, 5: 0.999, 16: 0.998}, None, "At the advised rank it hardly fell"),
         ({1: 1.1, 5: 1.2, 16: 1.3}, None, "At the advised rank it hardly fell"),
     ],

@@ -112,10 +112,14 @@ def test_the_examples_of_a_stage(task: str, tmp_path: Path) -> None:
 
 
 def test_parts_that_share_examples_are_named(tmp_path: Path) -> None:
+    subject = subject_of("text-classification", tmp_path)
     amounts = Amounts(size=8, fitted=4, watched=4, steps=4, choosing=4, held_out=2)
-    data = Material.drawn(subject_of("text-classification", tmp_path), amounts, seed=0)
+    data = Material.drawn(subject, amounts, seed=0)
     assert "too few training examples to keep them apart" in data.note
     assert "the fit of the head" in data.note
+    amounts = Amounts(size=2, fitted=1, watched=1, steps=40, choosing=1, held_out=1)
+    data = Material.drawn(subject, amounts, seed=0)
+    assert "too few training examples for 40 steps: they are made on" in data.note
 
 
 # ---------------------------------------------------------------- losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def winners(low: float, twin: float, *, magnitude: float = 0.01) -> dict[str, An
         "margin": 0.001,
         "summary": {
             "share_by_rank": shares,
-            "share_untrained": {"1": [0.1, 0, 0.2], "16": [twin, 0, 1]},
+            "share_untrained": {"1": [0.1, 0, 0.2], "16": [twin, twin - 0.1, twin + 0.1]},
             "choice_matters": {"random": 0.01, "mask": 0.008, "magnitude": magnitude, "gradient": None},
         },
     }
@@ -67,8 +68,27 @@ def of(title: str, stages: dict[str, Any], failed: dict[str, str] | None = None)
         ("any wide slice is a local winner", "winners", winners(0.8, 0.1), HOLDS, 0.8),
         ("any wide slice is a local winner", "winners", winners(0.5, 0.1), PARTLY, 0.5),
         ("any wide slice is a local winner", "winners", winners(0.4, 0.1), FAILS, 0.4),
-        ("winners are due to pretraining", "winners", winners(0.9, 0.1), HOLDS, pytest.approx(0.82)),
-        ("winners are due to pretraining", "winners", winners(0.9, 0.92), FAILS, pytest.approx(0.0)),
+        (
+            "winners are due to pretraining",
+            "winners",
+            winners(0.9, 0.1),
+            HOLDS,
+            pytest.approx(0.82 - math.hypot(0.02, 0.1)),
+        ),
+        (
+            "winners are due to pretraining",
+            "winners",
+            winners(0.9, 0.8),
+            PARTLY,
+            pytest.approx(0.12 - math.hypot(0.02, 0.1)),
+        ),
+        (
+            "winners are due to pretraining",
+            "winners",
+            winners(0.9, 0.85),
+            FAILS,
+            pytest.approx(0.07 - math.hypot(0.02, 0.1)),
+        ),
         ("which slice you pick barely matters", "winners", winners(0.9, 0.1), HOLDS, pytest.approx(1)),
         ("which slice you pick barely matters", "winners", winners(0.9, 0.1, magnitude=0.04), FAILS, pytest.approx(4)),
         ("slices across layers are a global winner", "global", whole(0.8, 0.1), PARTLY, 0.8),

@@ -184,3 +184,11 @@ def test_every_problem_of_every_run_is_found(tmp_path: Path) -> None:
     reported.write(one, "slices.json", "{")
     two = changed(tmp_path, "plan", "plan.json", json.dumps(reported.plan_content(format=2)))
     assert len(problems_of(one, tmp_path / "absent", two)) == 4
+
+
+def test_the_folder_one_is_in_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").write_text("nothing")
+    monkeypatch.chdir(tmp_path / "here")
+    (problem,) = problems_of(Path("."))
+    assert "has no record" in problem

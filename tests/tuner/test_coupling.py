@@ -13,6 +13,7 @@ from architectures import ARCHITECTURES, DECODER, ENCODER
 from peft import TaskType, get_peft_model
 from tiny import batch, bert, differences, electra, llama, mlp, opt, tokens
 from torch import nn
+from transformers.integrations.moe import ExpertsInterface
 
 import slicefine
 from slicefine import SliceFineConfig, SliceFineError, SliceFineWarning, active_slices
@@ -21,6 +22,7 @@ from slicefine.tuner import coupling
 from slicefine.tuner.base_layers import CONVOLUTIONS
 from slicefine.tuner.coupling import find_couplings, random_inputs
 from slicefine.tuner.layer import SliceLayer
+from slicefine.tuner.stand_ins import stand_ins
 from slicefine.tuner.targets import find_targets
 
 # ---------------------------------------------------------------------- tiny models
@@ -708,6 +710,83 @@ def test_attaching_to_a_model_without_values():
     assert {n: s.axis for n, s in active_slices(attached(model)).items()} == {
         n: s.axis for n, s in active_slices(attached(llama())).items()
     }
+
+
+class Unusual(nn.Module):
+    """Does what models of transformers do not: calls by keyword, a buffer in another shape, one that is made in the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.register_buffer("table", torch.randn(2, 4))
+        self.register_buffer("turns", torch.randn(8, dtype=torch.complex64))
+        self.scale = 1.0
+        self.made = None
+
+    def forward(self, x):
+        if self.made is None:
+            self.made = torch.ones(8)
+        h = self.first(input=x) * self.table.view(-1) * self.made
+        return self.last((h * self.turns).real * self.scale)
+
+
+class Masked(nn.Module):
+    """Attention with a mask in which true means hidden."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(6, 6) for _ in range(4))
+        self.register_buffer("hidden", torch.ones(5, 5, dtype=torch.bool).triu(1))
+
+    def forward(self, x):
+        scores = (self.q(x) @ self.k(x).transpose(-1, -2)).masked_fill(self.hidden, float("-inf"))
+        return self.o(scores.softmax(-1) @ self.v(x))
+
+
+def finder(model, x):
+    places = find_targets(model, SliceFineConfig(target_modules=[name for name, _ in model.named_children()]))
+    return lambda: find_couplings(model, places, {"x": x})
+
+
+def test_stand_ins_for_models_that_do_what_few_do():
+    model = Unusual()
+    find = finder(model, torch.randn(4, 6))
+    expected = find()
+    assert set(expected) == {"first", "last"}
+    model.made = None
+    model.to("meta")
+    order = [[*model._buffers], [*model.first._parameters]]
+    assert find() == expected
+    assert model.made is None
+    assert order == [[*model._buffers], [*model.first._parameters]]
+    assert all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_masks_without_values():
+    model = Masked()
+    find = finder(model, torch.randn(4, 5, 6))
+    expected = find()
+    assert {"v", "o"} <= set(expected)
+    model.to("meta")
+    assert find() == expected
+
+
+def test_gradients_that_tell_nothing_are_an_error_and_not_an_answer():
+    model = Unusual()
+    model.scale = float("nan")
+    with pytest.raises(SliceFineError, match="NaN or infinite"):
+        finder(model, torch.randn(4, 6))()
+
+
+def test_experts_of_other_models_compute_as_ever_while_one_is_probed():
+    usual = ExpertsInterface.get_interface
+    model, other = MIXTURES["experts in one parameter"](), MIXTURES["experts in one parameter"]()
+    model.to("meta")
+    with torch.no_grad():
+        expected = other(input_ids=tokens()).logits
+        with stand_ins(model, []):
+            assert torch.equal(other(input_ids=tokens()).logits, expected)
+    assert ExpertsInterface.get_interface is usual
 
 
 def test_a_model_of_which_a_part_has_no_values():

@@ -90,7 +90,9 @@ def run(
         done += 1
         say(done, total, "short runs")
 
-    data = Material.drawn(subject, effort.amounts, seed=settings.seed + 1)  # others than those the advice comes from
+    data = Material.drawn(
+        subject, effort.amounts, seed=settings.seed + 1
+    )  # drawn anew: mostly not those the advice comes from
     start = subject.copy()
     head = tune_head(subject, start, data.fitted, data.watched, iterations=effort.iterations)
     runs = ShortRuns(subject, start, data, points=effort.points, tell=tell)
@@ -206,10 +208,10 @@ def judged(r: int, before: float, after: Mapping[int, float], least: float) -> t
     begin = f"From {before:.3f}, the held-out loss came to {shown}."
     below = max((rank for rank in drops if rank < r), default=None)
     above = min((rank for rank in drops if rank > r), default=None)
+    if above is not None and drops[above] >= least and drops[r] < ENOUGH * drops[above]:
+        return above, f"{begin} A wider slice does clearly better: r = {r} is too narrow here, try r = {above}."
     if drops[r] < least:
         return None, f"{begin} At the advised rank it hardly fell: the check does not bear out the advice."
-    if above is not None and drops[r] < ENOUGH * drops[above]:
-        return above, f"{begin} A wider slice does clearly better: r = {r} is too narrow here, try r = {above}."
     if below is not None and drops[below] >= ENOUGH * drops[r]:
         return (
             below,

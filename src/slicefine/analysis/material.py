@@ -71,12 +71,18 @@ class Material:
         }
         uses = [(name, {id(batch) for batch in batches}) for name, batches in parts.items()]
         shared = [name for name, own in uses if any(own & other for of, other in uses if of != name)]
+        notes = list[str]()
+        if (own := len(uses[2][1])) < len(self.train):
+            notes.append(
+                f"There are too few training examples for {len(self.train)} steps: they are made on {own} batches, again and again."
+            )
         if not shared:
-            return ""
-        return (
+            return " ".join(notes)
+        notes.append(
             f"There are too few training examples to keep them apart: {listed(shared)} share some, and what they find is better than it would be "
             "on others. Held-out examples are in none of them."
         )
+        return " ".join(notes)
 
     def summary(self) -> dict[str, int]:
         """Examples of a step and held-out ones, as JSON values."""

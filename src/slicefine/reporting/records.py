@@ -121,10 +121,11 @@ def _file(path: Path, problems: list[str]) -> Path | None:
 
 def _instead(path: Path) -> str:
     """What to name instead of a file or folder that does not tell of a run."""
+    path = path.resolve()  # of `.` too there are folders around
     inside = sorted(folder for folder in path.iterdir() if _is_run(folder)) if path.is_dir() else []
     if inside:
         return f"Runs are in it: name {inside[0]}{', say' if len(inside) > 1 else ''}."
-    results = path.with_suffix(".json")
+    results = path.with_suffix(".json") if path.name else path
     if results != path and results.is_file() and _tells(results):  # the page of a benchmark
         return f"Name {results}."
     if around := next(filter(_is_run, path.parents[:2]), None):

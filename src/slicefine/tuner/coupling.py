@@ -38,7 +38,7 @@ def couplings(model: nn.Module, config: SliceFineConfig, batch: Mapping[str, Any
     Args:
         model: The base model. It is not changed.
         config: Its targets are those that are coupled.
-        batch: What the model is called with, on its device; two rows at least.
+        batch: What the model is called with, on its device, or on the CPU if that is the meta device; two rows at least.
 
     Raises `SliceFineError` if the forward pass fails, or a part of the model has no values.
     """

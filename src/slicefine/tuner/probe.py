@@ -213,6 +213,11 @@ class Probe:
             weights[: len(asked)] = asked.view(shape).to(weights.device) * reader.weights[: len(asked)]
             gradients = torch.autograd.grad(reader.x, leaves, weights, retain_graph=True, allow_unused=True)
             for name, leaf, gradient in zip(reader.writers, leaves, gradients, strict=True):
+                if gradient is not None and not gradient.isfinite().all():
+                    raise SliceFineError(
+                        f"axis='coupled' finds partners by a gradient, and that of {reader.name} with respect to {name} is NaN or infinite: nothing is told "
+                        "by it. Load the model with its values, and give `slicefine.couplings` a batch that it computes well."
+                    )
                 seen = (torch.zeros_like(leaf) if gradient is None else gradient)[: len(asked)] != 0
                 features = seen.movedim(self._feature_dim(name, leaf) or 0, 1)
                 answers[name].append((features.flatten(2).any(2) if features.dim() > 2 else features).cpu())

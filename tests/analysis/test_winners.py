@@ -191,7 +191,7 @@ def test_the_margin_is_above_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     random = found["noise"]
     # Of four trials the 95th percentile is the greatest; the greater one of the two models counts.
     assert found["margin"] == pytest.approx(random["greatest_drop"])
-    assert 1 <= random["winners"] <= 2
+    assert random["winners"] == 0
 
 
 def test_a_solved_task_is_said_to_be_one() -> None:

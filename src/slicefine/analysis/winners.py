@@ -74,7 +74,7 @@ class Effort:
 
 FULL = Effort(
     amounts=Amounts(size=16, fitted=48, watched=16, steps=4, choosing=3, held_out=6), iterations=20, rates=(0.05, 0.5, 5.0),
-    each=3, untrained=2, compared=1,
+    each=3, untrained=1, compared=1,
 )  # fmt: skip
 QUICK = Effort(
     amounts=Amounts(size=8, fitted=24, watched=12, steps=4, choosing=2, held_out=6), iterations=10, rates=(0.2, 2.0),

@@ -57,7 +57,7 @@ FULL = Effort(
     amounts=Amounts(size=16, fitted=48, watched=16, steps=40, choosing=6, held_out=10), iterations=20, points=4, rates=(1e-3, 3e-3, 1e-2)
 )  # fmt: skip
 QUICK = Effort(
-    amounts=Amounts(size=8, fitted=24, watched=12, steps=10, choosing=2, held_out=6), iterations=10, points=2, rates=(3e-3, 1e-2)
+    amounts=Amounts(size=8, fitted=24, watched=12, steps=8, choosing=2, held_out=6), iterations=10, points=2, rates=(3e-3, 1e-2)
 )  # fmt: skip
 
 

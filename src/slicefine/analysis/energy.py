@@ -26,7 +26,7 @@ SPLIT = "train"
 BATCH = 16
 STATE_EXAMPLES = {False: 512, True: 128}
 """By `quick`: whose states are looked at."""
-KERNEL_EXAMPLES = {False: 64, True: 16}
+KERNEL_EXAMPLES = {False: 64, True: 12}
 """By `quick`: whose gradients are."""
 DEFINITIONS = {
     "k": "The least number of directions that hold this share of the variance, or of the sum of the kernel's eigenvalues.",

@@ -56,7 +56,7 @@ FULL = Effort(
     full=(3e-5, 1e-4, 3e-4), head=(1e-3, 1e-2), slices=(3e-3, 1e-2, 3e-2), moving=(1e-3, 3e-3, 1e-2), parts=True,
 )  # fmt: skip
 QUICK = Effort(
-    amounts=Amounts(size=8, fitted=24, watched=12, steps=8, choosing=2, held_out=6), iterations=10, points=1,
+    amounts=Amounts(size=8, fitted=24, watched=12, steps=6, choosing=2, held_out=6), iterations=10, points=1,
     full=(1e-4, 3e-4), head=(1e-2,), slices=(1e-2, 3e-2), moving=(3e-3, 1e-2), parts=False,
 )  # fmt: skip
 

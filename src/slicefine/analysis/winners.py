@@ -77,7 +77,7 @@ FULL = Effort(
     each=3, untrained=1, compared=1,
 )  # fmt: skip
 QUICK = Effort(
-    amounts=Amounts(size=8, fitted=24, watched=12, steps=3, choosing=2, held_out=6), iterations=10, rates=(0.2, 2.0),
+    amounts=Amounts(size=8, fitted=24, watched=12, steps=3, choosing=2, held_out=4), iterations=8, rates=(0.2, 2.0),
     each=1, untrained=1, compared=1, kinds=2,
 )  # fmt: skip
 

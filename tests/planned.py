@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, MixtralConfig
 
+from slicefine.benchmarking.planned_cost import SLICEFINE, attached
+from slicefine.benchmarking.planned_model import Subject, prepare
 from slicefine.training.recipe import Recipe
 
 TINY = {
@@ -63,3 +65,15 @@ def saved_by_hooks(model: nn.Module, loss_of: Callable[[], Tensor]) -> int:
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     loss.backward()
     return sum(size for place, size in found.items() if place not in own)
+
+
+def training(of: Subject) -> tuple[Any, list[nn.Parameter], torch.optim.Optimizer, dict[str, Tensor]]:
+    """What a plan says of `of`, in earnest: the model with its slices, what is trained, an optimizer, and a batch of which the last tokens are padding."""
+    torch.manual_seed(0)
+    model = attached(of, SLICEFINE, "cpu")
+    prepare(model, of.recipe)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    batch = of.inputs()
+    if "attention_mask" in batch:
+        batch["attention_mask"][1:, -5:] = 0
+    return model, trained, torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0), batch

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from planned import EXPERTS, TINY, llama, mixtral, recipe, saved_by_hooks
+from planned import EXPERTS, TINY, llama, mixtral, recipe, saved_by_hooks, training
 from transformers import (
     AlbertConfig,
     BartConfig,
@@ -29,7 +28,7 @@ from transformers import (
 from slicefine.benchmarking import planned_couplings
 from slicefine.benchmarking.models import CAUSAL_LM, IMAGE, TEXT, VIDEO
 from slicefine.benchmarking.planned_cost import SLICEFINE, attached, repeated_step_memory, step_memory
-from slicefine.benchmarking.planned_model import Subject, loss_of, prepare, subject
+from slicefine.benchmarking.planned_model import Subject, loss_of, subject
 from slicefine.benchmarking.planning import plan
 from slicefine.errors import SliceFineError
 from slicefine.tuner import parameter_counts
@@ -175,14 +174,7 @@ def test_a_plan_is_what_the_run_will_be(name: str, tmp_path: Path) -> None:
     of = coupled(task, config, slice__slide_every=3, training__max_steps=7, **settings)
     made = plan(of.recipe, config, device="cpu")
     ours = made.costs[0]
-    torch.manual_seed(0)
-    model: Any = attached(of, SLICEFINE, "cpu")
-    prepare(model, of.recipe)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    batch = of.inputs()
-    if "attention_mask" in batch:
-        batch["attention_mask"][1:, -5:] = 0
+    model, trained, optimizer, batch = training(of)
     saved, gradients, active = [], [], []
     for _ in range(7):
         active.append(parameter_counts(model).active)

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from planned import TINY, llama, recipe, saved_by_hooks
+from planned import TINY, llama, recipe, saved_by_hooks, training
 from transformers import BertConfig, PreTrainedConfig
 
 from slicefine.benchmarking.models import CAUSAL_LM, TEXT
-from slicefine.benchmarking.planned_cost import SLICEFINE, attached, cost
-from slicefine.benchmarking.planned_model import loss_of, prepare, subject
+from slicefine.benchmarking.planned_cost import SLICEFINE, cost
+from slicefine.benchmarking.planned_model import loss_of, subject
 from slicefine.benchmarking.planning import plan
 from slicefine.benchmarking.planning_report import as_dict, text
 from slicefine.errors import SliceFineError
@@ -43,13 +42,7 @@ def test_turns_are_those_of_a_real_run(name: str, window: list[int], axis: str, 
         in_turn(window, task=task, slice__axis=axis, slice__bias="slicefine_only", training__max_steps=steps), config
     )
     made = plan(of.recipe, config, device="cpu")
-    torch.manual_seed(0)
-    model: Any = attached(of, SLICEFINE, "cpu")
-    prepare(model, of.recipe)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-    batch = of.inputs()
-    batch["attention_mask"][1:, -5:] = 0
+    model, trained, optimizer, batch = training(of)
     active, saved, gradients = [], [], []
     for step in range(steps):
         if step % 2 == 0:
@@ -86,11 +79,9 @@ def test_turns_are_those_of_a_real_run(name: str, window: list[int], axis: str, 
 def test_a_slice_that_rests_after_a_move_is_kept_already() -> None:
     """After 8 steps the first block has made 4 of its own and a move, and rests."""
     of = subject(in_turn([1, 0], slice__axis="row", training__max_steps=8), llama(dtype="float32"))
-    model: Any = attached(of, SLICEFINE, "cpu")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    prepare(model, of.recipe)
+    model, _, optimizer, batch = training(of)
     for _ in range(8):
-        loss_of(model, of.recipe, of.inputs())().backward()
+        loss_of(model, of.recipe, batch)().backward()
         optimizer.step()
         optimizer.zero_grad()
     states = [layer.slicefine_state[a] for _, layer, a in tuned(model)]

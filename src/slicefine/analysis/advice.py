@@ -90,9 +90,8 @@ def run(
         done += 1
         say(done, total, "short runs")
 
-    data = Material.drawn(
-        subject, effort.amounts, seed=settings.seed + 1
-    )  # drawn anew: mostly not those the advice comes from
+    # Drawn anew: mostly not the examples that the advice comes from.
+    data = Material.drawn(subject, effort.amounts, seed=settings.seed + 1)
     start = subject.copy()
     head = tune_head(subject, start, data.fitted, data.watched, iterations=effort.iterations)
     runs = ShortRuns(subject, start, data, points=effort.points, tell=tell)

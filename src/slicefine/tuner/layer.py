@@ -634,3 +634,12 @@ def layers_around(module: nn.Module) -> Iterator[SliceLayer]:
     while isinstance(module, SliceLayer):
         yield module
         module = module.base_layer
+
+
+def slice_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, SliceLayer]:
+    """The tuner layers of `model` by name; those that have `adapter_name`, if it is given."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SliceLayer) and (adapter_name is None or adapter_name in module.slicefine_weight)
+    }

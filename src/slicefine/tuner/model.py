@@ -11,22 +11,20 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.constants import EMBEDDING_LAYER_NAMES, SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.other import ModulesToSaveWrapper, _get_submodules
 from torch import Tensor, nn
 
-from slicefine.errors import SHOWN, SliceFineError, SliceFineWarning, by_text, listed, raise_all
-from slicefine.slicing import ALTERNATE, COUPLED, SLICE_AXES, Region
-from slicefine.tuner import artifact, coupling, depth, targets
+from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
+from slicefine.slicing import COUPLED, SLICE_AXES
+from slicefine.tuner import artifact, checks, coupling, depth, notices, targets
 from slicefine.tuner.arrival import Arrival
-from slicefine.tuner.base_layers import BASE_LAYERS, LINEAR_LAYERS, Place, present_values, same_values
+from slicefine.tuner.base_layers import LINEAR_LAYERS, Place
 from slicefine.tuner.config import SliceFineConfig
-from slicefine.tuner.layer import SliceLayer, SliceLinear, layers_around
+from slicefine.tuner.full_modules import full_parameters, show_full_modules
+from slicefine.tuner.layer import SliceLayer, SliceLinear, layers_around, slice_layers
 from slicefine.tuner.parameter import SliceLinearParameter, SliceParameter
 from slicefine.tuner.seal import Seal
-
-MANY_EXPERTS = 0.1
-"""Share of a model that is not left out without a word."""
 
 
 class SliceFineModel(BaseTuner):
@@ -55,7 +53,7 @@ class SliceFineModel(BaseTuner):
         config = copy.deepcopy(config)
         assert isinstance(config, SliceFineConfig)
         found = targets.find_targets(model, config)
-        problems = targets.find_problems(model, config, found) + _name_problems(model, adapter_name)
+        problems = targets.find_problems(model, config, found) + checks.name_problems(model, adapter_name)
         if not problems and config.axis == COUPLED:
             if config.couplings is None:
                 config.couplings = coupling.find_couplings(model, found)
@@ -65,7 +63,7 @@ class SliceFineModel(BaseTuner):
                 config.depth_stack, problems = depth.find_stack(model, found)
             problems = problems or depth.problems(model, config, found)
         if not problems and config.seals is not None:
-            problems = _base_problems(found, config)
+            problems = checks.base_problems(found, config)
         of = (
             f", trained on {config.base_model_name_or_path!r},"
             if config.seals and config.base_model_name_or_path
@@ -75,8 +73,8 @@ class SliceFineModel(BaseTuner):
         if targets.names_all_linear(config) and (config.layers_to_transform is not None or config.modules_to_save):
             # PEFT heeds the blocks only for layers that are given by suffix, and would slice what it is to train in full.
             config.target_modules = sorted(name for name, place in found.items() if targets.base_place(place).is_layer)
-        _warn_of_adjustments(config, found)
-        _warn_of_experts(model, config)
+        notices.warn_of_adjustments(config, found)
+        notices.warn_of_experts(model, config)
         self.peft_config[adapter_name] = config
         self._arrival = Arrival(self, adapter_name) if config.seals is not None else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -134,7 +132,7 @@ class SliceFineModel(BaseTuner):
         with torch.no_grad():  # in which a layer's bias is the base's own
             super()._mark_only_adapters_as_trainable(model)
         # PEFT unfreezes the base biases; here a bias is trained through an fp32 master like the slices.
-        for layer in _layers(model).values():
+        for layer in slice_layers(model).values():
             if (bias := layer.place.bias) is not None:
                 bias.requires_grad = False
 
@@ -173,20 +171,20 @@ class SliceFineModel(BaseTuner):
 
     def _check_written(self) -> None:
         """Raise for any layer before the first one is changed."""
-        for layer in _layers(self.model).values():
+        for layer in slice_layers(self.model).values():
             layer.check_written()
 
     # ------------------------------------------------------------------ merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        _refuse_unfinite(self.model, adapter_names or self.active_adapters)
+        checks.check_finite(self.model, adapter_names or self.active_adapters)
         self._check_written()
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
-        _show_heads(self.model, adapter_names or self.active_adapters)
+        show_full_modules(self.model, adapter_names or self.active_adapters)
 
     def unmerge_adapter(self) -> None:
         super().unmerge_adapter()
-        _show_heads(self.model, self.active_adapters)
+        show_full_modules(self.model, self.active_adapters)
 
     def _unload_and_optionally_merge(
         self,
@@ -196,13 +194,13 @@ class SliceFineModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            _refuse_unfinite(self.model, adapter_names or self.active_adapters)
+            checks.check_finite(self.model, adapter_names or self.active_adapters)
             self._check_written()
         else:
-            for layer in _layers(self.model).values():
+            for layer in slice_layers(self.model).values():
                 layer.withdraw()
-        _show_heads(self.model, (adapter_names or self.active_adapters) if merge else [])
-        layers = _layers(self.model).values()
+        show_full_modules(self.model, (adapter_names or self.active_adapters) if merge else [])
+        layers = slice_layers(self.model).values()
         unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in layers:
             layer.let_go()
@@ -210,7 +208,7 @@ class SliceFineModel(BaseTuner):
 
     def leave_nothing_behind(self, adapter_name: str, active_before: list[str]) -> None:
         """Undo attaching an adapter."""
-        for layer in _layers(self.model, adapter_name).values():
+        for layer in slice_layers(self.model, adapter_name).values():
             layer.withdraw()
         if len(self.peft_config) > 1:
             if active_before:
@@ -233,10 +231,10 @@ class SliceFineModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The artifact, taken from the layers. What describes it goes into `config`, which PEFT saves next."""
-        layers = _layers(model, adapter_name)
+        layers = slice_layers(model, adapter_name)
         for layer in layers.values():
             layer.check_written()
-        _refuse_other_values(layers, adapter_name, state_dict)
+        checks.check_state_dict(layers, adapter_name, state_dict)
         # Of embeddings that are targeted PEFT saves the whole table next, from this dictionary; their slices are all there is to save.
         tables = tuple(f"{name}." for name in layers if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
         for key in [key for key in state_dict if key.startswith(tables)]:
@@ -257,7 +255,7 @@ class SliceFineModel(BaseTuner):
             )
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             seals[artifact.bare(name)] = str(seal)
-        if bad := _unfinite(layers, adapter_name):
+        if bad := checks.unfinite(layers, adapter_name):
             warnings.warn(
                 f"The adapter is saved with NaN or Inf in {len(bad)} layers ({', '.join(bad[:3])}, ...), and will be refused when it is "
                 "loaded or merged. Go back to an earlier checkpoint, and lower the learning rate or clip gradients.",
@@ -267,7 +265,7 @@ class SliceFineModel(BaseTuner):
         config.describe(
             step=max((layer.slicefine_state[adapter_name].step for layer in layers.values()), default=0),
             seals=seals,
-            heads=artifact.head_digests(_heads(model, adapter_name)),
+            heads=artifact.head_digests(full_parameters(model, adapter_name)),
         )
         return tensors
 
@@ -280,7 +278,7 @@ class SliceFineModel(BaseTuner):
         cls, model: nn.Module, config: SliceFineConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Load the artifact into the layers, or refuse it as a whole; hand the rest to PEFT."""
-        layers = {artifact.bare(name): layer for name, layer in _layers(model, adapter_name).items()}
+        layers = {artifact.bare(name): layer for name, layer in slice_layers(model, adapter_name).items()}
         awaited = (layer.arrival for layer in layers.values())
         arrival = next((a for a in awaited if a is not None and a.adapter == adapter_name), None)
         if arrival is not None:
@@ -288,7 +286,7 @@ class SliceFineModel(BaseTuner):
         ours = {key: tensor for key, tensor in state_dict.items() if artifact.is_ours(key)}
         rest = {key: tensor for key, tensor in state_dict.items() if not artifact.is_ours(key)}
         try:
-            _refuse_heads(model, rest)
+            checks.check_heads(model, rest)
             parsed = artifact.parse(ours, {name: layer.target(adapter_name) for name, layer in layers.items()})
         except SliceFineError:
             if arrival is not None:
@@ -299,7 +297,7 @@ class SliceFineModel(BaseTuner):
                 adapter_name, step=values.seal.step, master=values.master, values=values.values, bias=values.bias
             )
         # PEFT reports parameters that a file did not hold; these are loaded.
-        for name, layer in _layers(model, adapter_name).items():
+        for name, layer in slice_layers(model, adapter_name).items():
             rest |= {f"{name}.{key}": tensor for key, tensor in layer.state_tensors(adapter_name).items()}
             rest[f"{name}.slicefine_weight.{adapter_name}"] = layer.slicefine_weight[adapter_name].detach()
             if adapter_name in layer.slicefine_bias:
@@ -313,131 +311,9 @@ def _layer_class(base_layer: nn.Module) -> type[SliceLayer]:
     return SliceParameter if Place(base_layer).is_read else SliceLayer
 
 
-def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, SliceLayer]:
-    """The tuner layers of `model` by name; those that have `adapter_name`, if it is given."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, SliceLayer) and (adapter_name is None or adapter_name in module.slicefine_weight)
-    }
-
-
-def _show_heads(model: nn.Module, adapter_names: list[str]) -> None:
-    """Let modules that are trained in full be those of the adapters named; PEFT keeps to the active one, whatever is merged."""
-    for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            trains = {parameter: parameter.requires_grad for parameter in module.parameters()}
-            module.set_adapter([name for name in adapter_names if name in module._adapters])
-            for parameter, requires_grad in trains.items():
-                parameter.requires_grad = requires_grad
-
-
-def _name_problems(model: nn.Module, adapter_name: str) -> list[str]:
-    """What keeps a name from being used: parameters are kept under it, as in PEFT's own methods."""
-    if _layers(model, adapter_name):
-        return [
-            f"the model has a slicefine adapter {adapter_name!r} already. Add one under another name (`add_adapter`), or `merge_and_unload()` or "
-            "`unload()` first."
-        ]
-    if "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
-        return [
-            f"an adapter's name has no dot and is no attribute of a torch module; got {adapter_name!r}. Choose another name."
-        ]
-    return []
-
-
-def _heads(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The parameters of the modules that are trained in full, by their keys in the file."""
-    wrappers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
-    return {
-        f"{name}.{key}": tensor
-        for name, wrapper in wrappers.items()
-        if adapter_name in wrapper._adapters
-        for key, tensor in wrapper.adapter_state_dict(adapter_name, wrapper.state_dict()).items()
-    }
-
-
-def _base_problems(found: dict[str, Place], config: SliceFineConfig) -> list[str]:
-    """Targets whose original values are not those that a saved adapter was trained on."""
-    assert config.seals is not None
-    problems = dict.fromkeys(
-        found.keys() - config.seals.keys(),
-        "the saved adapter has nothing for it. Load it with the targets it was saved with.",
-    )
-    problems |= dict.fromkeys(
-        config.seals.keys() - found.keys(), "the saved adapter trains it, this model has no such layer."
-    )
-    for name in found.keys() & config.seals.keys():
-        place = targets.base_place(found[name])
-        module = found[name].module
-        if isinstance(module, SliceLayer):
-            shape, original = module.shape, module.base_values
-        else:
-            shape, original = place.shape, functools.partial(present_values, place.matrix)
-        seal = Seal.parse(config.seals[name])
-        schedule = config.schedule_of(name)
-        region = Region.of(schedule.touched(seal.step, shape))
-        if problem := seal.settings_problem(schedule) or seal.base_problem(region, original):
-            problems[name] = problem
-    return by_text(problems)
-
-
-def _warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> None:
-    narrow = targets.clamped(found, config)
-    if narrow and config.seals is None:
-        shapes = listed((f"{name} {shape}" for name, shape in narrow.items()), SHOWN)
-        warnings.warn(
-            f"r={config.r} is more than some weights have rows or columns; their slices are as wide as the weight: {shapes}.",
-            SliceFineWarning,
-            stacklevel=2,
-        )
-    heads = [name for name in found if name in SEQ_CLS_HEAD_NAMES]
-    if heads and targets.names_all_linear(config) and config.seals is None:
-        warnings.warn(
-            f"The head {heads[0]!r} is sliced like any other layer. If it is new, its random values are in no file and the adapter will "
-            f"fit no other copy of the model: train it in full with modules_to_save={heads!r}, or say what the model is for with "
-            "task_type='SEQ_CLS'.",
-            SliceFineWarning,
-            stacklevel=2,
-        )
-    lonely = coupling.uncoupled(list(found), config)
-    if lonely and config.seals is None:
-        warnings.warn(
-            f"axis='coupled': {len(lonely)} of {len(found)} weights have no partner among the others, and train rows: {listed(lonely, SHOWN)}.",
-            SliceFineWarning,
-            stacklevel=2,
-        )
-    if config.axis == ALTERNATE and config.slide_every is None and config.seals is None:
-        warnings.warn(
-            "axis='alternate' changes the axis at every move, and slide_every=None never moves: only rows will be trained. "
-            "Set axis='row' or axis='column', or a number of steps for slide_every.",
-            SliceFineWarning,
-            stacklevel=2,
-        )
-
-
-def _warn_of_experts(model: nn.Module, config: SliceFineConfig) -> None:
-    """Most of a mixture of experts may be in parameters that are no layers, and so are not among all linear layers."""
-    if not targets.names_all_linear(config) or config.target_parameters or config.seals is not None:
-        return
-    of_layers = {id(p) for m in model.modules() if isinstance(m, BASE_LAYERS) for p in m.parameters()}
-    experts = {
-        n: p for n, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1 and id(p) not in of_layers
-    }
-    share = sum(p.numel() for p in experts.values()) / max(1, sum(p.numel() for p in model.parameters()))
-    if share > MANY_EXPERTS:
-        names = sorted({".".join(name.split(".")[-2:]) for name in experts})
-        warnings.warn(
-            f"{share:.0%} of the model are parameters of three dimensions (of experts, say) that are no layers ({listed(experts)}), so target_modules='all-linear' "
-            f"trains none of them. Train them with target_parameters={names!r}, or name the layers that are meant.",
-            SliceFineWarning,
-            stacklevel=3,
-        )
-
-
 def _copy_adapter(model: nn.Module, source: str, adapter: str) -> None:
     """Make a new adapter what a trained one is now, down to its heads."""
-    layers = _layers(model, source)
+    layers = slice_layers(model, source)
     steps = max(layer.slicefine_state[source].step for layer in layers.values())
     if not steps:
         return
@@ -454,58 +330,3 @@ def _copy_adapter(model: nn.Module, source: str, adapter: str) -> None:
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and {source, adapter} <= module.modules_to_save.keys():
             module.modules_to_save[adapter].load_state_dict(module.modules_to_save[source].state_dict())
-
-
-def _refuse_other_values(layers: dict[str, SliceLayer], adapter: str, state_dict: dict[str, Tensor]) -> None:
-    """Raise if what is to be saved is not what the layers hold: `save_pretrained(state_dict=...)` with an average, say."""
-    for name, layer in layers.items():
-        given, held = state_dict.get(f"{name}.slicefine_weight.{adapter}"), layer.slicefine_weight[adapter]
-        if given is not None and not same_values(given.to(held), held):
-            raise SliceFineError(
-                f"{name}: an adapter is saved from the model, whose touched rows and columns are no parameters; the state dict that was given "
-                "holds other values. Load it into the model first (`model.load_state_dict`), then save without `state_dict`."
-            )
-
-
-def _refuse_heads(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Raise if a head of the file is not as large as that of the model, or not finite."""
-    present = dict(model.named_parameters())
-    problems = [
-        f"{key}: the file has shape {tuple(tensor.shape)}, this model {tuple(present[key].shape)}. Load the base with as many labels as the "
-        "adapter was trained for (`num_labels`)."
-        for key, tensor in tensors.items()
-        if key in present and present[key].shape != tensor.shape
-    ]
-    problems += [
-        f"{key}: a head holds finite numbers; got NaN or Inf. Go back to an earlier checkpoint."
-        for key, tensor in tensors.items()
-        if not bool(torch.isfinite(tensor).all())
-    ]
-    raise_all(problems, "The file does not fit the model; nothing was loaded")
-
-
-def _refuse_unfinite(model: nn.Module, adapter_names: list[str]) -> None:
-    """Raise if a merge would leave NaN or Inf in the model; before the first layer is merged."""
-    bad = [name for adapter in adapter_names for name in _unfinite(_layers(model, adapter), adapter)]
-    bad += [
-        key for a in adapter_names for key, values in _heads(model, a).items() if not bool(torch.isfinite(values).all())
-    ]
-    if bad:
-        raise SliceFineError(
-            f"Only finite values are merged; {len(bad)} layers have NaN or Inf in what was trained: {', '.join(bad[:5])}"
-            f"{', ...' if len(bad) > 5 else ''}. Nothing was merged. Train again with a lower learning rate or gradient clipping, or "
-            "`unload()` to get the base model back."
-        )
-
-
-def _unfinite(layers: dict[str, SliceLayer], adapter: str) -> list[str]:
-    """The layers in which `adapter` has trained something to NaN or Inf."""
-    bad = []
-    for name, layer in layers.items():
-        region = layer.region(adapter)
-        values = [layer.trained_values(adapter, axis, region.along(axis)) for axis in SLICE_AXES]
-        if adapter in layer.slicefine_bias:
-            values.append(layer.slicefine_bias[adapter].detach())
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in values):
-            bad.append(name)
-    return bad

@@ -87,6 +87,24 @@ class FusedKeyValue(nn.Module):
         return self.o((y * gate.sigmoid() if self.gate else y).flatten(2))
 
 
+class GroupedAttention(nn.Module):
+    """Of 16 features, with heads of a size of its own. Every key and value head serves two query heads."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+        self.q, self.k, self.v, self.o = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k, v = (part.repeat_interleave(2, 1) for part in (k, v))
+        return x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def attentions(*sizes):
+    return sequence(*[GroupedAttention(size) for size in sizes])
+
+
 class Experts(nn.Module):
     """A mixture of experts of linear layers: rows of their inputs are tokens that a router has picked."""
 
@@ -258,6 +276,8 @@ MODELS = {
     "key and value in one": (lambda: FusedKeyValue(interleaved=False), lambda: SEQUENCE, EVERYTHING),
     "query and gate in one": (lambda: FusedKeyValue(gate=True), lambda: SEQUENCE, EVERYTHING),
     "gate and up row by row": (GatedUnit, lambda: SEQUENCE, EVERYTHING),
+    "heads smaller than before": (lambda: attentions(4, 2), vectors_of(4, 5, 16), EVERYTHING),
+    "heads larger than before": (lambda: attentions(2, 4), vectors_of(4, 5, 16), EVERYTHING),
     "experts": (Experts, lambda: SEQUENCE, {"up", "down"}),
     "torch's encoder": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 10, batch_first=True), 2), lambda: {"src": SEQUENCE["x"]}, {"linear1", "linear2"}),
     "torch's encoder, tokens first": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 10), 2, enable_nested_tensor=False), lambda: {"src": SEQUENCE["x"]}, {"linear1", "linear2"}),
@@ -415,6 +435,17 @@ def test_grouped_query_attention_by_hand():
     assert features(found[attention + "o_proj"]) == by_query_head
     for name in ("gate_proj", "up_proj", "down_proj"):
         assert features(found[f"model.layers.0.mlp.{name}"]) == [*range(24)]
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (4, 2, 4), (8, 2), (2, 8), (4, 4)])
+def test_heads_of_another_size_than_those_before_by_hand(sizes):
+    """What is known of one block is tried on the next, and is no answer."""
+    found = probed(attentions(*sizes), vectors_of(4, 5, 16)())
+    for number, size in enumerate(sizes):
+        served = [[*range(first, first + size)] for first in range(0, 8, size)]
+        twice = [feature for head in served for feature in head * 2]
+        assert features(found[f"{number}.o"]) == features(found[f"{number}.q"]) == twice
+        assert features(found[f"{number}.k"]) == features(found[f"{number}.v"]) == [*range(8)]
 
 
 @pytest.mark.parametrize(
@@ -953,6 +984,7 @@ def test_the_work_grows_with_the_layers_and_no_faster(monkeypatch):
         calls.clear()
         probed(of("LlamaForCausalLM", **DECODER | GROUPED | {"num_hidden_layers": layers}))
         work.append((len(calls), sum(calls)))
-    assert work[1] == (2 * work[0][0], 2 * work[0][1])
-    assert work[2] == (4 * work[0][0], 4 * work[0][1])
+    for one, two, four in zip(*work, strict=True):
+        assert two < 2 * one  # the size of a head is known from the first
+        assert four - two == 2 * (two - one)
     assert work[0][0] < 30

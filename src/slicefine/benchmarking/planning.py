@@ -25,6 +25,7 @@ from slicefine.benchmarking.planned_cost import (
 )  # fmt: skip
 from slicefine.benchmarking.planned_model import Subject, subject
 from slicefine.errors import SliceFineError, SliceFineWarning
+from slicefine.kernel import cpu_threads
 from slicefine.slicing import COLUMN, ParameterCounts
 from slicefine.training.recipe import Recipe
 from slicefine.training.run import planned_steps
@@ -122,6 +123,7 @@ def parse_memory(text: str) -> int:
     return size
 
 
+@cpu_threads(1)  # 18 s of CPU for gemma-3-12b; on two busy cores 103 with two threads, which wait for one another
 def plan(
     recipe: Recipe, config: Any, *, examples: int | None = None, memory: int | None = None, device: str = GPU
 ) -> Plan:

@@ -26,6 +26,7 @@ from slicefine.benchmarking.suite import QualityTask
 from slicefine.benchmarking.timing import Build, Measured, free_bytes, keep_freed_memory, measure, seconds_of
 from slicefine.benchmarking.variants import Variant
 from slicefine.errors import SliceFineError
+from slicefine.kernel import cpu_threads
 from slicefine.training.record import commit, hardware, now, write_atomically
 
 WARMUP = 2
@@ -75,19 +76,17 @@ def _read(path: Path) -> Measured:
 
 
 def _measure(task: QualityTask, variants: Sequence[Variant], settings: QualitySettings, threads: int) -> Measured:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        keep_freed_memory()
-    batches = _batches(task, settings, device)
-    builds: dict[str, Build] = {
-        one.name: functools.partial(_Step, task, one, settings, batches, device) for one in variants
-    }
-    weights = sum(p.numel() * p.element_size() for p in prepare(task.recipe, settings.seed).model.parameters())
-    room = free_bytes(device)
-    together = room is None or COPIES * weights * len(builds) <= ROOM * room
-    try:
+    with cpu_threads(threads):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            keep_freed_memory()
+        batches = _batches(task, settings, device)
+        builds: dict[str, Build] = {
+            one.name: functools.partial(_Step, task, one, settings, batches, device) for one in variants
+        }
+        weights = sum(p.numel() * p.element_size() for p in prepare(task.recipe, settings.seed).model.parameters())
+        room = free_bytes(device)
+        together = room is None or COPIES * weights * len(builds) <= ROOM * room
         return measure(
             builds,
             rounds=settings.rounds,
@@ -96,8 +95,6 @@ def _measure(task: QualityTask, variants: Sequence[Variant], settings: QualitySe
             together=together,
             title=f"{task.name}, time of a step",
         )
-    finally:
-        torch.set_num_threads(before)
 
 
 def _batches(task: QualityTask, settings: QualitySettings, device: str) -> list[dict[str, Any]]:

@@ -74,6 +74,8 @@ class Probe:
         self._leaves: dict[str, list[Tensor]] = defaultdict(list)
         self._outputs: list[Tensor] = []
         self._generator = torch.Generator("cpu").manual_seed(0)
+        self._head_of: dict[int, int] = {}
+        """Features of a reader -> those of a head in the last one of that size: blocks of a stack are alike, and each question costs a backward pass."""
 
     # ------------------------------------------------------------------ the forward pass
 
@@ -231,6 +233,7 @@ class Probe:
             if len(found) > len(best):
                 best = found
             if len(found) > len(reader.writers):
+                self._head_of[reader.size] = head
                 break
         return best
 
@@ -239,6 +242,9 @@ class Probe:
 
         From one head to the next, features come from other rows, or from the same ones again.
         """
+        known = self._head_of.get(reader.size, reader.size)
+        if known < reader.size and self._boundary(reader, known):
+            yield known
         direct = all(int(seen.sum()) <= 1 for seen in self._ask(reader, _one_each([0], reader.size)).values())
         if direct:
             yield reader.size
@@ -248,6 +254,12 @@ class Probe:
         yield from (place for at, place in enumerate(places) if at > 1 and any(of[at] != of[at - 1] for of in shared))
         if not direct:
             yield reader.size
+
+    def _boundary(self, reader: _Reader, head: int) -> bool:
+        """Whether a head may end after `head` features: the next one comes from other rows than those before."""
+        alone = self._ask(reader, _one_each([0, head - 1, head], reader.size)).values()
+        _, last, following = zip(*((seen & seen[0]).sum(1).tolist() for seen in alone), strict=True)
+        return last != following
 
     def _attempt(self, reader: _Reader, head: int) -> dict[str, Layout]:
         """As `_couple`, if a head has `head` features."""

@@ -50,7 +50,8 @@ EQUAL_R = 2 * LORA_R
 """LoRA trains r (d_in + d_out) entries, a row slice r d_in, a column slice r d_out."""
 NONE, FULL, LORA = "none", "full", "LoRA r8"
 PAPER, EQUAL = "SliceFine-5RC", f"SliceFine-{EQUAL_R}RC, LoRA's count"
-COUPLED, WIDE = "coupled, LoRA's count", "coupled, r = 64: a step takes as long"
+COUPLED, STAYING = "coupled, LoRA's count", "coupled, LoRA's count, never moving"
+WIDE = "coupled, r = 64: a step takes as long"
 
 
 def files_of(package: str) -> list[Path]:
@@ -145,6 +146,7 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
         PAPER: sliced(5, options),
         EQUAL: sliced(EQUAL_R, options),
         COUPLED: sliced(coupled_r(options), options, axis="coupled"),
+        STAYING: sliced(coupled_r(options), options, axis="coupled", slide_every=None),
         WIDE: sliced(min(64, options.hidden), options, axis="coupled"),
         LORA: lambda model: get_peft_model(model, lora),
         FULL: lambda model: model,
@@ -185,8 +187,7 @@ def ablations(options: argparse.Namespace) -> dict[str, Callable[[Any], Any]]:
         "columns alone, never moving": {"axis": "column", "slide_every": None},
     }
     return {f"{EQUAL}: {name}": sliced(EQUAL_R, options, **change) for name, change in changes.items()} | {
-        "SliceFine-15C": sliced(15, options, axis="column"),  # LoRA's count, as the default shapes are wider than high
-        "coupled, never moving": sliced(coupled_r(options), options, axis="coupled", slide_every=None),
+        "SliceFine-15C": sliced(15, options, axis="column")  # LoRA's count, as the default shapes are wider than high
     }
 
 

@@ -32,7 +32,7 @@ def test_it_runs_and_writes_every_figure(tmp_path, monkeypatch):
     ]
     counts = {row["method"]: row["trainable"] for row in held_out["rows"]}
     assert counts[language_model.EQUAL] == counts[language_model.LORA]
-    assert len(runs["rows"]) == 12
+    assert len(runs["rows"]) == 14
     (ratio,) = figures["rows"]
     assert ratio["value"] > 0
 

@@ -469,6 +469,41 @@ def test_fused_weights_by_hand(name, weight, expected):
     assert features(probed(build(), inputs and inputs())[weight]) == expected
 
 
+LINEAR_ATTENTION = {"layer_types": ["linear_attention"] * 2, "num_experts": 0, "mlp_only_layers": [0, 1]} | {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 4,
+}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 2,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 2,
+}
+WITHOUT_ORDER = {
+    # name: (builder, weights of which no order says which feature they are of)
+    "a query of half a value, in one weight": (lambda: of("Qwen3NextForCausalLM", **DECODER | GROUPED, **LINEAR_ATTENTION), {"in_proj_qkvz"}),
+    "a key of half a value": (
+        lambda: of("LevitModel", image_size=32, hidden_sizes=[8, 8, 8], depths=[1, 1, 1], num_attention_heads=[2, 2, 2], key_dim=[4, 4, 4]),
+        {"queries_keys_values.linear", "projection.linear"},
+    ),
+    "a norm over all heads of one weight": (
+        lambda: of("MiniMaxForCausalLM", **DECODER | GROUPED, layer_types=["linear_attention"] * 2, num_local_experts=2, block_size=4), {"qkv_proj"},
+    ),
+    "a value that is wider than its key, in one weight": (
+        lambda: of("Glm4MoeLiteForCausalLM", **DECODER | {"num_key_value_heads": 2} | LATENT), {"q_b_proj", "kv_b_proj", "o_proj"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_ORDER)
+def test_what_no_order_tells_apart_has_no_partner(name):
+    build, without = WITHOUT_ORDER[name]
+    model = build()
+    assert {end for end in without if any(target.endswith(end) for target, _ in model.named_modules())} == without
+    assert not [target for target in probed(model) if target.endswith(tuple(without))]
+
+
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
@@ -654,6 +689,69 @@ def test_a_model_that_needs_more_than_its_main_input():
     with pytest.raises(SliceFineError, match=r"by a forward pass, which failed: .*slicefine\.couplings"):
         attached(model)
     assert state_of(model) == before
+
+
+def test_a_batch_is_a_mapping():
+    model = mlp()
+    with pytest.raises(
+        SliceFineError, match=r"`batch` maps the names of the model's arguments to their values.*got Tensor"
+    ):
+        slicefine.couplings(model, coupled_mlp(), batch())
+
+
+def test_a_model_whose_base_takes_other_inputs():
+    """DINOv3's `base_model` is its encoder."""
+    model = of(
+        "DINOv3ViTModel",
+        image_size=32,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
+    assert {name.rpartition(".")[2] for name in probed(model)} >= {"q_proj", "o_proj", "up_proj", "down_proj"}
+
+
+def test_a_model_without_a_configuration_that_names_its_input():
+    model = mlp()
+    model.main_input_name = "input_ids"
+    for model.config in (None, {}):
+        with pytest.raises(SliceFineError, match=r"the inputs of MLP are not known \(its main input is 'input_ids'\)"):
+            find_couplings(model, find_targets(model, coupled_mlp()))
+
+
+def test_a_model_that_changes_its_weights_to_evaluate_is_refused_and_stays_as_it_is():
+    model = of(
+        "RwkvForCausalLM",
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        context_length=16,
+        rescale_every=1,
+    )
+    model.train()
+    before = state_of(model)
+    with pytest.raises(
+        SliceFineError, match=r"that of this model writes into its weights \(rwkv\.blocks\.\d\..*weight, by aten\.div_"
+    ):
+        attached(model)
+    assert state_of(model) == before
+
+
+def test_a_model_that_keeps_what_it_writes_into_for_the_next_token():
+    """Its cache is left out: a backward pass would meet values of later."""
+    model = of(
+        "RwkvForCausalLM",
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=24,
+        context_length=16,
+        rescale_every=0,
+    )
+    assert {name.rpartition(".")[2] for name in probed(model)} >= {"key", "value"}
 
 
 def test_a_batch_of_one_row_is_refused():
@@ -970,15 +1068,39 @@ def test_no_wrong_partners_whatever_the_router_does(seed):
 # ---------------------------------------------------------------------- what it costs
 
 
-def test_the_work_grows_with_the_layers_and_no_faster(monkeypatch):
-    """Backward passes, each through a piece of the graph, and leaves that are asked for: as many for each layer."""
-    calls = []
+@pytest.fixture
+def calls(monkeypatch):
+    """For each backward pass, how many leaves are asked for."""
+    made = []
     grad = torch.autograd.grad
     monkeypatch.setattr(
         torch.autograd,
         "grad",
-        lambda x, leaves, *more, **options: calls.append(len(leaves)) or grad(x, leaves, *more, **options),
+        lambda x, leaves, *more, **options: made.append(len(leaves)) or grad(x, leaves, *more, **options),
     )
+    return made
+
+
+def test_where_one_block_has_no_partners_its_likes_are_not_asked(calls):
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_heads": 4,
+        "head_dim": 8,
+        "n_groups": 1,
+        "state_size": 8,
+        "chunk_size": 4,
+    }
+    made = []
+    for layers in (1, 3):
+        calls.clear()
+        assert not probed(of("Mamba2ForCausalLM", **sizes, num_hidden_layers=layers))
+        made.append(len(calls))
+    assert made[0] == made[1] > 0
+
+
+def test_the_work_grows_with_the_layers_and_no_faster(calls):
+    """Backward passes, each through a piece of the graph, and leaves that are asked for: as many for each layer."""
     work = []
     for layers in (1, 2, 4):
         calls.clear()

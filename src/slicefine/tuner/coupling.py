@@ -8,6 +8,7 @@ how partners are found (`probe.py`), are ours.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -42,6 +43,10 @@ def couplings(model: nn.Module, config: SliceFineConfig, batch: Mapping[str, Any
 
     Raises `SliceFineError` if the forward pass fails, or a part of the model has no values.
     """
+    if not isinstance(batch, Mapping):
+        raise SliceFineError(
+            f"`batch` maps the names of the model's arguments to their values, as in {{'input_ids': ...}}; got {type(batch).__name__}."
+        )
     if config.task_type == "SEQ_CLS":  # PEFT says so itself, but not before the adapter is attached
         config = copy.deepcopy(config)
         config.modules_to_save = [*(config.modules_to_save or ()), *SEQ_CLS_HEAD_NAMES]
@@ -76,9 +81,21 @@ def find_couplings(
         probe = Probe(model, layers)
         if batch is not None:
             probe.run(model, batch)
-        else:  # the head of a classifier may want labels, or a pad token
-            probe.run(getattr(model, "base_model", model), random_inputs(model))
+        else:
+            probe.run(*_guessed_call(model))
         return {name: str(layout) for name, layout in probe.layouts().items()}
+
+
+def _guessed_call(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The model or its base, and what to call it with: the head of a classifier may want labels, or a pad token."""
+    inputs: dict[str, Any] = random_inputs(model)
+    base = getattr(model, "base_model", model)
+    called = base if {*inputs} <= {*inspect.signature(base.forward).parameters} else model
+    if (
+        "use_cache" in inspect.signature(called.forward).parameters
+    ):  # what is kept for the next token is written in place
+        inputs["use_cache"] = False
+    return called, inputs
 
 
 def _may_couple(module: nn.Module) -> bool:
@@ -96,9 +113,12 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor]:
     main = getattr(model, "main_input_name", None)
     generator = torch.Generator("cpu").manual_seed(0)
     parameter = next(model.parameters())
-    if main == "input_ids" and (vocabulary := getattr(config.get_text_config(), "vocab_size", None)):
+    text: Any = getattr(config, "get_text_config", lambda: config)()
+    if main == "input_ids" and (vocabulary := getattr(text, "vocab_size", None)):
         tokens = torch.randint(vocabulary, (ROWS, TOKENS), generator=generator, device="cpu").to(parameter.device)
-        return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
+        return {"input_ids": tokens} | (
+            {"decoder_input_ids": tokens} if getattr(config, "is_encoder_decoder", False) else {}
+        )
     if main == "pixel_values":
         seeing = getattr(config, "vision_config", config)
         side = getattr(seeing, "image_size", None) or SIDE

@@ -38,7 +38,9 @@ def warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> Non
     lonely = coupling.uncoupled(list(found), config)
     if lonely and config.seals is None:
         warnings.warn(
-            f"axis='coupled': {len(lonely)} of {len(found)} weights have no partner among the others, and train rows: {listed(lonely, SHOWN)}.",
+            f"axis='coupled': {len(lonely)} of {len(found)} weights have no partner among the others, and train rows: {listed(lonely, SHOWN)}. "
+            "Random tokens or images do not reach every layer (a vision tower, say); a batch of yours may: "
+            "`config.couplings = slicefine.couplings(model, config, batch)`.",
             SliceFineWarning,
             stacklevel=2,
         )

@@ -8,7 +8,7 @@ Three kinds of writers are told apart:
 - direct: a feature comes from one row alone (value, up, gate, fc1; a convolution before a norm per channel). With grouped-query attention
   several features come from one row.
 - blocks: the features of a head come from a block of rows, all from all (query and key, which softmax mixes). Paired by order: the same feature of
-  the same head, and of the key head that serves it.
+  the same head, and of the key head that serves it. Where query and key have fewer features than value, no order says which belong together.
 - everything from everything (a norm between, a residual stream with several readers): no partner.
 
 Rows of the batch are independent of each other, so each row carries a question of its own: a row asks for all features with a certain digit, or of
@@ -17,14 +17,16 @@ one head.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slicefine.errors import SliceFineError
 from slicefine.slicing import COLUMN, ROW, Layout
@@ -32,10 +34,12 @@ from slicefine.tuner.base_layers import CONVOLUTIONS
 from slicefine.tuner.layer import SliceLayer
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NUMBER = re.compile(r"\d+")
 OUTPUT = ""
 """Among those who read: the caller of the model."""
 Digits = list[int | None]
-"""For each row of a writer, the place within a head of the features that come from it; None if there are several such places."""
+"""For each row of a writer, the place within a head of the features that come from it; `ALL` if that is every place, None if it is several."""
+ALL = -1
 Heads = list[tuple[int, ...]]
 """For each row of a writer, the heads whose features come from it."""
 
@@ -97,8 +101,11 @@ class Probe:
             stack.enter_context(_evaluating(self._model))
             stack.enter_context(_own_random_state(self._model))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(_NoWrites(self._model))
             try:
                 output = called(**batch)
+            except SliceFineError:
+                raise
             except Exception as error:
                 raise SliceFineError(
                     f"axis='coupled' finds partners by a forward pass, which failed: {type(error).__name__}: "
@@ -151,6 +158,7 @@ class Probe:
             for writer in writers:
                 read_by[writer].add(reader)
         found: dict[str, Layout] = {}
+        fruitless: set[Any] = set()  # to ask again in every block of a stack may take hours (Mamba2)
         for (
             name,
             writers,
@@ -158,7 +166,14 @@ class Probe:
             shared = {writer for writer in writers if read_by[writer] != {name}}
             free = not found.keys() & {name, *writers} - shared
             if len(shared) < len(writers) and free and (reader := self._reader(name, writers, shared)):
-                found |= self._couple(reader)
+                kind = self._kind(reader)
+                layouts = {} if kind in fruitless else self._couple(reader)
+                found |= layouts
+                if not layouts:
+                    fruitless.add(kind)
+            self._inputs[name] = [
+                x.detach() for x in self._inputs[name]
+            ]  # its part of the graph is not needed any more
         return found
 
     def _once(self, name: str) -> bool:
@@ -183,6 +198,11 @@ class Probe:
         if not alike or not shared <= {*alike}:
             return None
         return _Reader(name, x, dim, self._positive(x), alike, shared)
+
+    def _kind(self, reader: _Reader) -> Any:
+        """Equal for readers of like names and shapes with like writers: the same layer in other blocks of a stack."""
+        writers = ((_NUMBER.sub("#", w), w in reader.shared, self._leaves[w][0].shape) for w in reader.writers)
+        return _NUMBER.sub("#", reader.name), reader.x.shape, *sorted(writers)
 
     def _feature_dim(self, name: str, x: Tensor) -> int | None:
         """The dimension of features in the input or output of a layer; None if the batch has no dimension of its own."""
@@ -213,7 +233,13 @@ class Probe:
             shape[0], shape[reader.dim] = asked.shape
             weights = torch.zeros_like(reader.x)
             weights[: len(asked)] = asked.view(shape).to(weights.device) * reader.weights[: len(asked)]
-            gradients = torch.autograd.grad(reader.x, leaves, weights, retain_graph=True, allow_unused=True)
+            try:
+                gradients = torch.autograd.grad(reader.x, leaves, weights, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:  # a model that writes into what its backward pass needs
+                raise SliceFineError(
+                    f"axis='coupled' finds partners by a gradient, and that of {reader.name} failed: {error}. Use another axis, or take `couplings` from "
+                    "the configuration of an adapter of the same architecture."
+                ) from error
             for name, leaf, gradient in zip(reader.writers, leaves, gradients, strict=True):
                 if gradient is not None and not gradient.isfinite().all():
                     raise SliceFineError(
@@ -265,7 +291,7 @@ class Probe:
         """As `_couple`, if a head has `head` features."""
         digits, heads = self._digits(reader, head), self._heads(reader, head)
         rows = {
-            name: [() if place is None else tuple(h * head + place for h in of) for place, of in pairs]
+            name: [() if place in (None, ALL) else tuple(h * head + place for h in of) for place, of in pairs]
             for name, pairs in ((name, zip(digits[name], heads[name], strict=True)) for name in reader.writers)
         }
         if any(any(rows[name]) for name in reader.shared):
@@ -275,11 +301,11 @@ class Probe:
         if column is None:
             return {}
         found = {}
-        for name in reader.writers:
+        for name in _in_order(rows, heads, head):
             seen: dict[tuple[int, ...], int] = defaultdict(int)
             own: list[int | None] = []
-            for features, of in zip(rows[name], heads[name], strict=True):
-                if not of:
+            for place, features, of in zip(digits[name], rows[name], heads[name], strict=True):
+                if place is None:
                     own.append(None)
                 elif features:
                     own.append(unit_of[features[0]])
@@ -289,7 +315,8 @@ class Probe:
             layout = _layout(ROW, own)
             if name not in reader.shared and layout and layout.features == column.features:
                 found[name] = layout
-        return found | {reader.name: column} if found else {}
+        # A query alone does not say what its features are: those of the output are the value's.
+        return found | {reader.name: column} if any(any(rows[name]) for name in found) else {}
 
     def _digits(self, reader: _Reader, head: int) -> dict[str, Digits]:
         base = len(reader.x)
@@ -298,12 +325,15 @@ class Probe:
         while scales[-1] * base < head:
             scales.append(scales[-1] * base)
         asked = torch.stack([offsets // scale % base == digit for scale in scales for digit in range(base)])
+        there = asked.any(1).view(len(scales), base, 1)
         found: dict[str, Digits] = {}
         for name, seen in self._ask(reader, asked).items():
             of_scale = seen.view(len(scales), base, -1)
-            clear = (of_scale.sum(1) == 1).all(0)
             place = (of_scale.int().argmax(1) * torch.tensor(scales, device="cpu")[:, None]).sum(0)
-            found[name] = [at if sure else None for at, sure in zip(place.tolist(), clear.tolist(), strict=True)]
+            alone, everywhere = (of_scale.sum(1) == 1).all(0), (of_scale == there).flatten(0, 1).all(0)
+            place[everywhere & ~alone] = ALL
+            sure = (alone | everywhere).tolist()
+            found[name] = [at if known else None for at, known in zip(place.tolist(), sure, strict=True)]
         return found
 
     def _heads(self, reader: _Reader, head: int) -> dict[str, Heads]:
@@ -316,6 +346,31 @@ class Probe:
                 heads[row].append(number)
             found[name] = [tuple(numbers) for numbers in heads]
         return found
+
+
+def _in_order(rows: Mapping[str, Sequence[tuple[int, ...]]], heads: Mapping[str, Heads], head: int) -> list[str]:
+    """Writers whose rows of a block can be told apart by their order there: as many as a head has features, or that of two kinds, one after the other.
+
+    Of query and key both are in a block. If only half of the rows are there beside the value, both are narrower than it, and look like one.
+
+    Args:
+        rows: Writer -> for each of its rows the features that come from it alone.
+        heads: Writer -> for each of its rows the heads whose features come from it.
+        head: Features of a head.
+    """
+    blocks = {
+        name: Counter(h for features, of in zip(own, heads[name], strict=True) if not features for h in of)
+        for name, own in rows.items()
+    }
+    together = sum(blocks.values(), Counter())
+    return [
+        name
+        for name, counts in blocks.items()
+        if all(
+            rows_of == 2 * head or (rows_of == head and (not any(rows[name]) or together[h] >= 2 * head))
+            for h, rows_of in counts.items()
+        )
+    ]
 
 
 def _one_each(places: list[int], size: int) -> Tensor:
@@ -371,6 +426,25 @@ def _reached(tensors: Iterable[Tensor], of_leaf: Mapping[int, str]) -> dict[str,
         seen.update(below)
         waiting += below
     return {name: None for name in of_leaf.values() if name in names}
+
+
+class _NoWrites(TorchDispatchMode):
+    """Within this context an operation that would write into a parameter of `model` raises `SliceFineError` instead (RWKV divides its weights to evaluate)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {parameter.untyped_storage()._cdata: name for name, parameter in model.named_parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(value, Tensor) and (name := self._names.get(value.untyped_storage()._cdata)):
+                    raise SliceFineError(
+                        f"axis='coupled' finds partners by a forward pass, and that of this model writes into its weights ({name}, by {func}): it would not stay "
+                        "what it is. Use another axis, or take `couplings` from the configuration of an adapter of the same architecture."
+                    )
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ in whatever order they are computed, so that slices can be compared to the bit w
 import contextlib
 import copy
 import gc
+import itertools
 import json
 import os
 import pickle
@@ -1321,11 +1322,9 @@ WITHOUT_HEAD = {"modules_to_save": None, "target_modules": ["up", "down"]}
         (net, {"target_modules": ["blocks.1.up"]}, r"needs blocks in an order.*; the targets are blocks\.1\.up"),
         (net, {"target_modules": ["pooler"]}, r"needs blocks in an order.*; the targets are pooler"),
         (Towers, WITHOUT_HEAD | {"depth_window": [1, 0]}, r"counts in one list of blocks; there are targets in encoder, decoder\. Say which one with `depth_stack`, or name .*`target_modules`"),
-        (Towers, WITHOUT_HEAD | {"depth_window": [1, 0], "depth_stack": "decoder"}, r"below a block of decoder, and encoder\.0\.up, encoder\.0\.down, encoder\.1\.up and 1 more stand before it\. Leave them out with `exclude_modules`"),
         (net, {"depth_window": [0, 4, 9]}, r"the blocks of blocks with targets are 0 to 3; got 4, 9\. Use indices up to 3"),
         (net, {"depth_window": [3, 2]}, r"blocks has targets that would never be trained, in block 0, 1; got \[3, 2\]\. Let one of the indices be at most 0, or leave .*`layers_to_transform`"),
         (net, {"target_modules": ["blocks.1.up", "blocks.3.up"], "depth_window": [2]}, r"never be trained, in block 1; got \[2\]\. Let one of the indices be at most 1"),
-        (net, {"target_modules": ["embed", "up"]}, r"and embed stand before it\. Leave them out with `exclude_modules`"),
         (net, {"depth_stack": "block"}, r"`depth_stack`: no target is in 'block'\. Leave it out"),
         (net, {"depth_stack": "blocks.0"}, r"`depth_stack`: no target is in 'blocks\.0'"),
         (net, {"target_modules": ["up"], "modules_to_save": ["down", "classifier"]}, r"`modules_to_save` has blocks\.0\.down, blocks\.1\.down, blocks\.2\.down and 1 more trained in full at every step\. Leave them out, or leave out `depth_window`"),
@@ -1342,7 +1341,7 @@ def test_models_that_are_refused(build, settings, message):
 
 def test_several_problems_of_a_window_are_listed_together():
     with pytest.raises(SliceFineError, match="3 problems"):
-        adapted(depth_window=[7, 2], target_modules=["up", "embed"])
+        adapted(depth_window=[7, 2], target_modules=["up"], modules_to_save=["down"])
 
 
 def test_partners_in_blocks_that_are_trained_at_other_steps_are_refused():
@@ -1356,6 +1355,34 @@ def test_partners_in_blocks_that_are_trained_at_other_steps_are_refused():
         get_peft_model(Row(), config)
     config.depth_window = [0]
     get_peft_model(Row(), config)
+
+
+class Uneven(nn.Module):
+    """Six layers in two blocks, eight features between each two: the first of the second block reads what the first block writes, and not what its neighbour does."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = ([6, 8, 8, 8], [8, 8, 8, 6])
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(of))) for of in sizes
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_writer_of_as_many_features_in_the_same_block_hides_no_partner_in_another():
+    names = [f"blocks.{block}.{layer}" for block in (0, 1) for layer in range(3)]
+    config = SliceFineConfig(r=2, axis=COUPLED, target_modules=names, depth_window=[0, 1], depth_every=2)
+    config.couplings = slicefine.couplings(Uneven(), config, {"x": example(0, size=4)})
+    assert [config.couplings[name].split()[0] for name in names] == ["row", "column"] * 3
+    with pytest.raises(
+        SliceFineError,
+        match=r"blocks\.1\.0, blocks\.1\.2: axis='coupled' moves both sides .*reads what another block writes",
+    ):
+        get_peft_model(Uneven(), config)
 
 
 @pytest.mark.parametrize("name", ["T5", "Whisper", "CLIP", "ALBERT"])

@@ -92,7 +92,7 @@ def warn_of_no_end(layer: SliceLayer) -> None:
             "Backpropagation goes on below the depth window, because inputs of layers that rest there want a gradient: the window saves neither time nor memory. "
             "`enable_input_require_grads()` makes them want it, and so do transformers' `activation_checkpointing_enable()` and TRL with `gradient_checkpointing`: "
             "with use_reentrant=False nothing needs it, so call `disable_input_require_grads()` on the model after them. If something below the blocks is "
-            "trained in full (`modules_to_save`), leave out `depth_window`.",
+            "trained in full (`modules_to_save`), leave out `depth_window`; if it is a target, leave it out with `exclude_modules`.",
             SliceFineWarning,
             stacklevel=2,
         )

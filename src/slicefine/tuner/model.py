@@ -38,6 +38,7 @@ class SliceFineModel(BaseTuner):
 
     prefix: str = artifact.PREFIX
     tuner_layer_cls = SliceLayer
+    _first_passes: tuple[depth.FirstPass, ...] = ()
 
     # ------------------------------------------------------------------ attaching
 
@@ -80,6 +81,8 @@ class SliceFineModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._arrival = None
         config.step, config.seals, config.heads = 0, None, None
+        if config.depth_window is not None and not config.inference_mode:
+            self._first_passes += (depth.FirstPass(model, config, adapter_name),)
         if source is not None:
             _copy_adapter(model, source, adapter_name)
 
@@ -200,6 +203,8 @@ class SliceFineModel(BaseTuner):
             for layer in slice_layers(self.model).values():
                 layer.withdraw()
         show_full_modules(self.model, (adapter_names or self.active_adapters) if merge else [])
+        for first in self._first_passes:
+            first.end()
         layers = slice_layers(self.model).values()
         unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for layer in layers:

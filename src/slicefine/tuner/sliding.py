@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Container
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,17 @@ def watch(layer: SliceLayer) -> None:
     """Let `layer` be looked after from now on, for as long as it lives."""
     with _lock:
         _layers.add(layer)
+
+
+def layers_of(parameters: Container[int]) -> list[SliceLayer]:
+    """Layers with a master among `parameters`, which are identities."""
+    with _lock:
+        layers = list(_layers)
+    return [
+        layer
+        for layer in layers
+        if any(id(m) in parameters for m in (*layer.slicefine_weight.values(), *layer.slicefine_bias.values()))
+    ]
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

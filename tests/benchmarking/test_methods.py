@@ -66,8 +66,8 @@ def test_windows_and_axes_that_there_are_not(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_name_is_read_back(name: str) -> None:
     found = method(name)
-    assert found.name == name
-    assert method(name.upper()) == found
+    assert found.name == {"LoRA": "LoRA-r8"}.get(name, name)
+    assert method(name.upper()) == method(found.name) == found
     assert found.kind in KINDS
 
 
@@ -259,11 +259,18 @@ def test_equal_size_is_the_nearest_there_is(name: str, reference: str) -> None:
 
 def test_what_has_its_size_in_its_name_keeps_it() -> None:
     model = build(tiny("llama-3.2-3b-small"))
-    for name in ("full", "frozen-limit", "SliceFine-5R", "RoCoFT-5R", "split-rows", "head-only"):
+    named = ("LoRA-r8", "LoRA-r64", "VeRA-r16", "HRA-r2", "random-mask-r5")
+    for name in ("full", "frozen-limit", "SliceFine-5R", "RoCoFT-5R", "split-rows", "head-only", *named):
         assert equal_in_size(method(name), 7, model, find_places(model)) == method(name)
     encoder = build(tiny("roberta-base-small"))
     assert why_not(method("prefix"), encoder, find_places(encoder, ["classifier"])) is not None
     assert equal_in_size(method("prefix"), 7, encoder, find_places(encoder)) == method("prefix")
+
+
+def test_a_rank_that_is_named_makes_no_other_method() -> None:
+    assert method("LoRA-r8") == method("LoRA")
+    assert len({method("LoRA-r8"), method("LoRA"), method("VeRA"), method("VeRA-r256")}) == 2
+    assert [method(name).sizable for name in ("LoRA", "LoRA-r8", "VeRA", "VeRA-r256")] == [True, False, True, False]
 
 
 # --------------------------------------------------- the split form, random masks

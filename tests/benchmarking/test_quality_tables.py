@@ -1,5 +1,6 @@
 """The tables of a comparison, from runs whose tables are known."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -118,6 +119,32 @@ def test_a_rate_at_the_end_of_its_grid_is_marked_and_runs_that_diverged_are_coun
     assert (row["accuracy"], row["std"], row["min"], row["max"]) == (60, None, 60, 60)
     assert row["not measured"] == "1 of 2 runs diverged"
     assert (row["ms a step"], row["minutes of training"]) == (1000, pytest.approx(100 / 60))
+
+
+def test_seeds_are_compared_with_the_same_seeds_where_a_run_has_no_score(found):
+    """Every seed is equal on both sides, and runs of seed 0 diverged, or were never made."""
+    diverged = Outcome(
+        active=10, touched=30, head=2, added=0, total=1000, steps=7, loss=None, scores={}, curve=[], diverged="the loss is nan"
+    )  # fmt: skip
+    for task in ("one", "two"):
+        for name in (OURS, LORA):
+            for seed, right in enumerate((20, 60, 80)):
+                found.final[cell(task, name, seed)] = outcome(right)
+    found.settings = dataclasses.replace(found.settings, seeds=3)
+    found.final[cell("one", OURS, 0)] = diverged
+    row = table(found, "Against")[OURS]
+    assert (row["least, by seed"], row["greatest, by seed"], row["seeds"]) == (0, 0, 2)
+    assert (row[f"mean score - {LORA}"], row["interval, low"], row["interval, high"]) == (0, 0, 0)
+    assert row["verdict"] == "level"
+    scores = table(found, "Scores")[OURS]
+    assert scores["Avg."] == "70.0 ± 14.1"
+    assert scores["not measured"] == "one: 2 of 3 seeds, 1 diverged"
+
+    del found.final[cell("one", OURS, 0)], found.final[cell("two", LORA, 1)]
+    row = table(found, "Against")[OURS]
+    assert (row["least, by seed"], row["greatest, by seed"], row["seeds"]) == (0, 0, 1)
+    assert table(found, "Scores")[OURS]["not measured"] == "one: 2 of 3 seeds"
+    assert table(found, "Scores")[LORA]["not measured"] == "two: 2 of 3 seeds"
 
 
 def test_nothing_found_yet_is_no_table(found):

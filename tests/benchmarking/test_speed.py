@@ -256,6 +256,13 @@ def test_equal_parameters(tmp_path: Path) -> None:
     assert rows == {"frozen-limit": 0, "LoRA-r3": 2784, "HRA-r4": 1920, "SliceFine-5R": 2400, "full": 17568}
 
 
+def test_equal_parameters_leaves_ranks_that_are_named(tmp_path: Path) -> None:
+    given = settings(tmp_path, methods=("LoRA-r8", "LoRA-r1", "LoRA", "HRA-r2"), equal_parameters="SliceFine-5R")
+    _, record = run("memory", given)
+    names = [row["method"] for row in rows_of(record, "llama-3.2-3b-small: memory")]
+    assert names == ["frozen-limit", "LoRA-r8", "LoRA-r1", "LoRA-r3", "HRA-r2"]
+
+
 # torch's own compiler makes use of what torch has deprecated
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("flag", ["checkpointing", "compile"])

@@ -99,6 +99,28 @@ def test_a_suite_file_that_cannot_be(tmp_path, content, part):
     assert part in str(caught.value)
 
 
+def test_a_folder_of_data_without_a_split_is_a_problem_like_others(tmp_path):
+    write(tmp_path / "fine", "train", "test")
+    write(tmp_path / "alone", "train")
+    write(tmp_path / "misnamed", "training", "tests")
+    (tmp_path / "pictures/training/cats").mkdir(parents=True)
+    (tmp_path / "pictures/training/cats/1.png").touch()
+    write(tmp_path / ".ipynb_checkpoints", "train-checkpoint")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/about.md").touch()
+    (tmp_path / "notes/chart.svg").touch()
+    with pytest.raises(SliceFineError) as caught:
+        load_suite(tmp_path)
+    said = str(caught.value)
+    assert "3 problems" in said
+    assert (
+        f"Task misnamed: {tmp_path / 'misnamed'} has data, and nothing in it is called train, validation, test" in said
+    )
+    assert "there are tests.jsonl, training.jsonl. Rename them" in said
+    assert "Task pictures" in said
+    assert "there are training. Rename" in said
+
+
 def test_a_suite_that_is_not_there_or_empty(tmp_path):
     with pytest.raises(SliceFineError, match="`--suite` is a folder of data sets or a YAML file"):
         load_suite(tmp_path / "missing")

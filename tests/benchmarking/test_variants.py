@@ -3,7 +3,7 @@
 import pytest
 
 from slicefine.benchmarking.methods import method
-from slicefine.benchmarking.variants import Variant, problems, variants
+from slicefine.benchmarking.variants import Variant, problems, unused, variants
 
 
 def test_a_variant_is_named_by_what_is_not_as_usual():
@@ -48,6 +48,14 @@ def test_a_shorter_run_makes_as_many_moves(slide_every, steps):
 
 def test_a_slice_that_does_not_move_does_so_in_no_run():
     assert Variant(method=method("SliceFine-5RC"), slide_every=None).every(100, 400) is None
+
+
+def test_an_ablation_that_changes_no_method():
+    others = [method("LoRA-r8"), method("RoCoFT-5R")]
+    (said,) = unused({"r": [8], "axis": ["row"]}, others)
+    assert "`--r`, `--axis` change SliceFine alone; `--methods` are LoRA-r8, RoCoFT-5R. Add SliceFine-5RC" in said
+    assert unused({"r": [8]}, [*others, method("SliceFine-1R")]) == []
+    assert unused({}, others) == []
 
 
 def test_all_that_is_wrong_with_an_ablation():

@@ -44,8 +44,8 @@ def run(what: str, settings: Settings, command: str) -> Report:
             setup = Setup.of_settings(settings, of)
             methods = settings.compared()
             if settings.equal_parameters is not None:
-                sized = setup.sized(methods, method(settings.equal_parameters))
-                methods = list(dict.fromkeys([*map(method, REFERENCES), *sized]))
+                methods = [*map(method, REFERENCES), *setup.sized(methods, method(settings.equal_parameters))]
+            methods = list(dict.fromkeys(methods))
             finished = (_speed if what == SPEED else _memory)(report, setup, methods, settings)
             _draw(report, what, settings)
             if not finished:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from slicefine.errors import SliceFineError, did_you_mean
 from slicefine.slicing import ALTERNATE, COLUMN, COUPLED, ROW
@@ -145,6 +145,8 @@ class Method:
     """`row`, `column`, `alternate` or `coupled` where the method has slices."""
     window: int | None = None
     """Turns of a depth window, whose lowest blocks lie evenly over the depth; None = all blocks are trained at every step."""
+    named: bool = field(default=False, compare=False)
+    """Whether its name gave the rank: `LoRA-r8` and `LoRA` are the same method, but only the rank of the second may be chosen."""
 
     @property
     def name(self) -> str:
@@ -176,7 +178,7 @@ class Method:
     @property
     def sizable(self) -> bool:
         """Whether its rank may be chosen for a number of parameters; where the rank is in the name of the method, it may not."""
-        return self.kind in (LORA, ADALORA, VERA, PREFIX, HRA, SHIRA, RANDOM_MASK)
+        return self.kind in (LORA, ADALORA, VERA, PREFIX, HRA, SHIRA, RANDOM_MASK) and not self.named
 
     def of_rank(self, r: int) -> Method:
         """The method with rank `r`; itself if it has none. HRA takes even ranks: an odd one is rounded up."""
@@ -188,9 +190,11 @@ class Method:
 METHODS = (
     FROZEN, FULL, HEAD_ONLY,
     *(f"{SLICEFINE}-{r}{letters}" for r in (1, 5) for letters in ("R", "C", "RC")),
-    f"{ROCOFT}-5R", "LoRA-r8", ADALORA, VERA, PREFIX, HRA, SHIRA, RANDOM_MASK, SPLIT_ROWS, SPLIT_COLUMNS,
+    f"{ROCOFT}-5R", LORA, ADALORA, VERA, PREFIX, HRA, SHIRA, RANDOM_MASK, SPLIT_ROWS, SPLIT_COLUMNS,
 )  # fmt: skip
 """Names of the methods that are compared where nothing else is asked for."""
+REFERENCE = f"{LORA}-r{KINDS[LORA].r}"
+"""What others are compared with."""
 PATTERNS = "SliceFine-<r>R, <r>C, <r>RC or <r>S (coupled), with -w<n> a depth window of n turns, RoCoFT-<r>R or <r>C, and any other that has a rank as <name>-r<r>"
 
 
@@ -206,8 +210,8 @@ def method(name: str) -> Method:
     found = re.fullmatch(r"(.+?)(?:-r([1-9]\d*))?", name.lower())
     kind = kinds.get(found[1]) if found else None
     if found is None or kind in (None, SLICEFINE, ROCOFT) or (found[2] and KINDS[kind].r is None):
-        near = did_you_mean(name, METHODS)
+        near = did_you_mean(name, [*METHODS, REFERENCE])
         raise SliceFineError(f"There is no method {name!r}; there are {', '.join(METHODS)}; also {PATTERNS}.{near}")
     if kind == HRA and found[2] and int(found[2]) % 2:
         raise SliceFineError(f"HRA takes even ranks, which its start needs; got {name!r}.")
-    return Method(kind=kind, r=int(found[2]) if found[2] else KINDS[kind].r)
+    return Method(kind=kind, r=int(found[2]) if found[2] else KINDS[kind].r, named=bool(found[2]))

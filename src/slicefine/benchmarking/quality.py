@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import huggingface_hub
 import torch
 import transformers
 
-from slicefine.benchmarking import quality_timing
+from slicefine.benchmarking import quality_examples, quality_timing
 from slicefine.benchmarking.attaching import adapter_size, equal_in_size, find_places
 from slicefine.benchmarking.cells import Cell, Cells, Outcome
 from slicefine.benchmarking.fitting import Job, fit, prepare
-from slicefine.benchmarking.methods import Method, method
+from slicefine.benchmarking.methods import REFERENCE, Method, method
 from slicefine.benchmarking.processes import in_processes
 from slicefine.benchmarking.quality_progress import Progress
 from slicefine.benchmarking.quality_settings import QualitySettings
@@ -25,7 +27,10 @@ from slicefine.benchmarking.timing import Measured, reason
 from slicefine.benchmarking.variants import Variant
 from slicefine.errors import SliceFineError, raise_all
 from slicefine.training.record import versions
-from slicefine.training.tasks import Prepared, get_task
+from slicefine.training.tasks import Prepared
+
+OF_MODEL = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
+"""Endings of the files of a model: weights, configuration, tokenizer, its template of a chat."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +43,10 @@ class Comparison:
     """Task -> methods; their ranks may differ from task to task where parameters are to be equal."""
     sources: dict[str, dict[str, Any]]
     """Task -> where its examples come from, and how many there are."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Task -> fingerprint of its pretrained model."""
+    seen: dict[str, int | None] = field(default_factory=dict)
+    """Task -> how many of the examples that judge are trained on, or choose; None where that is not looked for."""
     rates: dict[tuple[str, str], float] = field(default_factory=dict)
     """Task and method -> the learning rate chosen."""
     grid: dict[Cell, Outcome] = field(default_factory=dict)
@@ -48,10 +57,14 @@ class Comparison:
     """Task -> seconds of training steps, all methods interleaved."""
     interrupted: bool = False
 
-    def of(self, task: str, variant: str) -> list[Outcome]:
-        """The final runs of a method on a task, by seed."""
+    def by_seed(self, task: str, variant: str) -> dict[int, Outcome]:
+        """Seed -> final run of a method on a task, in the order of seeds."""
         cells = sorted((c for c in self.final if (c.task, c.method) == (task, variant)), key=lambda c: c.seed)
-        return [self.final[cell] for cell in cells]
+        return {cell.seed: self.final[cell] for cell in cells}
+
+    def of(self, task: str, variant: str) -> list[Outcome]:
+        """The final runs of a method on a task."""
+        return list(self.by_seed(task, variant).values())
 
 
 class Listener(Protocol):
@@ -91,16 +104,19 @@ class _Plan:
         self._settings, self._tasks = settings, tasks
 
     def comparison(self) -> Comparison:
-        sources, variants, problems = {}, {}, []
+        found = Comparison(settings=self._settings, tasks=self._tasks, variants={}, sources={})
+        problems = []
         for task in self._tasks:
             try:
-                sources[task.name] = _sources(task)
+                found.sources[task.name], found.seen[task.name] = quality_examples.judging(task)
                 # Whether the model loads shows here, and not in every run.
-                variants[task.name] = self._settings.variants(self._methods(prepare(task.recipe, self._settings.seed)))
+                prepared = prepare(task.recipe, self._settings.seed)
+                found.models[task.name] = model_fingerprint(task.recipe.model.name)
+                found.variants[task.name] = self._settings.variants(self._methods(prepared))
             except SliceFineError as error:
                 problems.append(f"Task {task.name}: {error}")
         raise_all(problems, "slicefine bench quality")
-        return Comparison(settings=self._settings, tasks=self._tasks, variants=variants, sources=sources)
+        return found
 
     def _methods(self, prepared: Prepared) -> list[Method]:
         methods = self._settings.known_methods
@@ -110,27 +126,29 @@ class _Plan:
         places = find_places(prepared.model, prepared.new_modules)
         size = adapter_size(reference, prepared.model, places, prepared.new_modules)
         sized = [one if one == reference else equal_in_size(one, size, prepared.model, places) for one in methods]
-        return list(dict.fromkeys(sized))
+        compared = [one for one in methods if one == method(REFERENCE)]  # what others are compared with stays as it is
+        return list(dict.fromkeys([*compared, *sized]))
 
 
-def _sources(task: QualityTask) -> dict[str, Any]:
-    """Where the examples come from. Raises `SliceFineError` if those that judge are trained on, or choose."""
-    module = get_task(task.recipe.task)
-    choose, judge = module.read(task.recipe.data).summary(), module.read(task.judging.data).summary()
-    for name, said in (("train", "trained on"), ("validation", "those that choose")):
-        if judge["validation"]["fingerprint"] == choose[name]["fingerprint"]:
-            raise SliceFineError(
-                f"the examples that judge ({judge['validation']['source']}) are those {said} ({choose[name]['source']}), byte for byte. "
-                "Name others as `test`."
-            )
-    return {"choose": choose, "judge": judge}
+def model_fingerprint(name: str) -> str:
+    """Of the pretrained model called `name`, which has been loaded: of the files of a folder that decide what it is; of one on the hub, the commit."""
+    if not Path(name).is_dir():
+        snapshot = huggingface_hub.try_to_load_from_cache(name, "config.json")
+        return Path(str(snapshot)).parent.name  # a commit has a folder of its own
+    digest = hashlib.sha256()
+    for path in sorted(Path(name).iterdir()):
+        if path.suffix in OF_MODEL and path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _time(settings: QualitySettings, found: Comparison) -> None:
     cells = Cells(Path(settings.cells))
     _, threads = settings.at_once(gpu=torch.cuda.is_available())
     for task in found.tasks:
-        measured = quality_timing.measured(cells, task, found.variants[task.name], settings, threads)
+        variants, model = found.variants[task.name], found.models[task.name]
+        measured = quality_timing.measured(cells, task, model, variants, settings, threads)
         found.timed[task.name] = measured
         if measured.interrupted:
             raise KeyboardInterrupt
@@ -254,7 +272,7 @@ class _Runs:
         self._changed(self._found)
 
     def _decisive(self, job: Job) -> dict[str, Any]:
-        """What decides a run beside its cell: the recipe, the examples by content, and the versions."""
+        """What decides a run beside its cell: the recipe, the model and the examples by content, and the versions."""
         recipe = {
             key: value
             for key, value in job.task.recipe.flat().items()
@@ -267,6 +285,7 @@ class _Runs:
         }
         return {
             "recipe": recipe,
+            "model": self._found.models[job.task.name],
             "examples": _contents(self._found.sources[job.task.name]),
             "slide_every": job.variant.every(job.steps, job.final_steps) if job.variant.method.has_slices else None,
             "evaluations": job.evaluations,

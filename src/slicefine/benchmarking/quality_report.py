@@ -30,8 +30,9 @@ SECONDS_BETWEEN_DRAWINGS = 60.0
 def run(settings: QualitySettings, command: str) -> Report:
     """Compare and write; returns the report, whose status is `finished` or `interrupted`.
 
-    Raises `SliceFineError` before the first run for what is wrong with suite, data, models or kept files.
+    Raises `SliceFineError` before the first run for what is wrong with suite, data, models, kept files or folders to write.
     """
+    settings.refuse_unwritable()
     if not charts.can_draw():
         print(charts.MISSING, file=sys.stderr)
     report = Report(
@@ -108,7 +109,7 @@ def _drawn(found: Comparison) -> dict[str, str]:
         outcomes = [outcome for task in found.tasks for outcome in found.of(task.name, name)]
         means = averages(tasks, name)
         if means and outcomes[0].active:
-            sized[name] = (outcomes[0].active, statistics.fmean(means))
+            sized[name] = (outcomes[0].active, statistics.fmean(means.values()))
     if sized:
         made[""] = charts.scatter(sized, "parameters trained at a step (without the head)", "mean score over the tasks")
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}

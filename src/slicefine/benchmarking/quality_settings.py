@@ -9,8 +9,9 @@ from typing import Any
 
 from slicefine.benchmarking.methods import FROZEN, KINDS, METHODS, Method, method
 from slicefine.benchmarking.suite import settable
-from slicefine.benchmarking.variants import Variant, problems, variants
+from slicefine.benchmarking.variants import Variant, problems, unused, variants
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
+from slicefine.training.folder import refuse_unwritable
 from slicefine.training.record import usable_cores
 
 TRAINED = tuple(name for name in METHODS if not method(name).speed_only)
@@ -79,9 +80,10 @@ class QualitySettings:
         found += [f"`--learning_rates` are above 0; got {rate}." for rate in self.learning_rates or () if not rate > 0]
         if self.learning_rates is not None and len(set(self.learning_rates)) < len(self.learning_rates):
             found.append("`--learning_rates` names one twice.")
+        methods: dict[str, Method] = {}
         for name in (*self.methods, *([self.equal_parameters] if self.equal_parameters else [])):
             try:
-                one = method(name)
+                one = methods[name] = method(name)
             except SliceFineError as error:
                 found.append(str(error))
                 continue
@@ -91,14 +93,33 @@ class QualitySettings:
         if not self.methods:
             found.append("`--methods` names at least one.")
         found += problems(dict(self.ablations), self.steps)
+        if all(name in methods for name in self.methods):
+            found += unused(dict(self.ablations), self.known_methods)
         known = settable()
         found += [
             f"There is no setting {key!r} here.{did_you_mean(key, known)}" for key in self.overrides if key not in known
         ]
-        for name in ("cells", "output", "board"):
-            value = getattr(self, name)
-            if value is not None and Path(value).exists() and not Path(value).is_dir():
-                found.append(f"`--{name}` is a folder; {value} is a file.")
+        found += [
+            f"`{flag}` is a folder; {path} is a file."
+            for flag, path in self.folders.items()
+            if path.exists() and not path.is_dir()
+        ]
+        raise_all(found, "slicefine bench quality")
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Flag -> folder that is written."""
+        named = {"--cells": self.cells, "--output": self.output, "--board": self.board}
+        return {flag: Path(value) for flag, value in named.items() if value is not None}
+
+    def refuse_unwritable(self) -> None:
+        """Raise `SliceFineError` for every folder in which nothing can be made."""
+        found = []
+        for flag, path in self.folders.items():
+            try:
+                refuse_unwritable(path, flag)
+            except SliceFineError as error:
+                found.append(str(error))
         raise_all(found, "slicefine bench quality")
 
     @property

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from slicefine.benchmarking.cells import Outcome
+from slicefine.benchmarking.methods import REFERENCE
 from slicefine.benchmarking.quality import Comparison
 from slicefine.benchmarking.results import Row, Table
 from slicefine.benchmarking.suite import QualityTask
 from slicefine.training.metrics import METRICS
 from slicefine.training.named import NAMED
 
-REFERENCE = "LoRA-r8"
-"""What others are compared with, where it is among them."""
 LOSS = "loss"
 RESAMPLES = 1000
 LOWER = (LOSS, "mse")
@@ -43,10 +42,10 @@ class Tasks:
         ]
         return next(iter(outcomes[0].scores)) if outcomes else LOSS
 
-    def scores(self, task: QualityTask, name: str) -> list[float]:
-        """The main score of every final run of a method, by seed; in points where it is a share."""
-        metric = self.metric(task)
-        return [score for outcome in self.found.of(task.name, name) if (score := main(outcome, metric)) is not None]
+    def scores(self, task: QualityTask, name: str) -> dict[int, float]:
+        """Seed -> main score of the final run of a method, in points where it is a share; a run that diverged has none."""
+        metric, runs = self.metric(task), self.found.by_seed(task.name, name)
+        return {seed: score for seed, outcome in runs.items() if (score := main(outcome, metric)) is not None}
 
     def seconds(self, task: QualityTask, name: str) -> float | None:
         """Seconds of a step, timed side by side."""
@@ -104,17 +103,30 @@ def _poster(tasks: Tasks) -> Table:
         }
         for task in found.tasks:
             reason = found.failed.get((task.name, name))
-            row[f"{task.name}, {tasks.metric(task)}"] = spread(tasks.scores(task, name)) or ("x" if reason else None)
-        row["Avg."] = spread(averages(tasks, name))
-        row["not measured"] = "; ".join(dict.fromkeys(why for (_, of), why in found.failed.items() if of == name))
+            scores = spread(list(tasks.scores(task, name).values()))
+            row[f"{task.name}, {tasks.metric(task)}"] = scores or ("x" if reason else None)
+        row["Avg."] = spread(list(averages(tasks, name).values()))
+        reasons = [why for (_, of), why in found.failed.items() if of == name]
+        row["not measured"] = "; ".join(dict.fromkeys(reasons + _lacking(tasks, name)))
         rows.append(row)
     seeds = found.settings.seeds
     note = f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed."
     return Table(
         title="Scores",
         rows=rows,
-        note=f"{note} Of the examples that judge, after the last step. Avg.: the mean over the tasks.",
+        note=f"{note} Of the examples that judge, after the last step. Avg.: the mean over the tasks, of the seeds that every task has.",
     )
+
+
+def _lacking(tasks: Tasks, name: str) -> list[str]:
+    """Which tasks have the method's score of some seeds alone, in words."""
+    said, seeds = [], tasks.found.settings.seeds
+    for task in tasks.found.tasks:
+        runs, scores = tasks.found.of(task.name, name), tasks.scores(task, name)
+        if runs and len(scores) < seeds:
+            diverged = len(runs) - len(scores)
+            said.append(f"{task.name}: {len(scores)} of {seeds} seeds" + (f", {diverged} diverged" if diverged else ""))
+    return said
 
 
 def spread(values: Sequence[float]) -> str | None:
@@ -126,11 +138,16 @@ def spread(values: Sequence[float]) -> str | None:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def averages(tasks: Tasks, name: str) -> list[float]:
-    """The mean over the tasks, by seed; of the seeds that every task has. Empty if scores are of kinds that cannot be averaged."""
+def averages(tasks: Tasks, name: str) -> dict[int, float]:
+    """Seed -> mean over the tasks, of the seeds that every task has. Empty if scores are of kinds that cannot be averaged."""
     every = [tasks.scores(task, name) for task in tasks.found.tasks]
     kinds = {tasks.metric(task) in LOWER for task in tasks.found.tasks}
-    return [] if len(kinds) > 1 else [statistics.fmean(of_seed) for of_seed in zip(*every, strict=False)]
+    return {} if len(kinds) > 1 else {seed: statistics.fmean(of[seed] for of in every) for seed in shared(every)}
+
+
+def shared(every: Sequence[Mapping[int, float]]) -> list[int]:
+    """The seeds that all have."""
+    return sorted(set[int].intersection(*map(set, every)))
 
 
 # ---------------------------------------------------------------- against the reference
@@ -141,10 +158,10 @@ def _against(tasks: Tasks) -> Table:
     theirs = averages(tasks, REFERENCE)
     for name in tasks.names:
         ours = averages(tasks, name)
-        both = min(len(ours), len(theirs))
+        both = shared([ours, theirs])
         if name == REFERENCE or not both:
             continue
-        differences = [a - b for a, b in zip(ours[:both], theirs[:both], strict=True)]
+        differences = [ours[seed] - theirs[seed] for seed in both]
         low, high = _interval(tasks, name, both)
         row: Row = {
             "method": name,
@@ -153,7 +170,7 @@ def _against(tasks: Tasks) -> Table:
             "greatest, by seed": max(differences),
             "interval, low": low,
             "interval, high": high,
-            "seeds": both,
+            "seeds": len(both),
             "verdict": _verdict(tasks, low, high),
         }
         rows.append(row)
@@ -173,12 +190,13 @@ def _verdict(tasks: Tasks, low: float | None, high: float | None) -> str | None:
     return "ahead" if (low > 0) == more_is_better else "behind"
 
 
-def _interval(tasks: Tasks, name: str, seeds: int) -> tuple[float | None, float | None]:
-    """Ends of the bootstrap interval of the difference of means; None where a task keeps no predictions."""
+def _interval(tasks: Tasks, name: str, seeds: Sequence[int]) -> tuple[float | None, float | None]:
+    """Ends of the bootstrap interval of the difference of means over `seeds`; None where a task keeps no predictions."""
     drawn = []
     for task in tasks.found.tasks:
         metric = tasks.metric(task)
-        runs = [tasks.found.of(task.name, of)[:seeds] for of in (name, REFERENCE)]
+        of_both = [tasks.found.by_seed(task.name, of) for of in (name, REFERENCE)]
+        runs = [[of[seed] for seed in seeds] for of in of_both]
         if metric not in METRICS or any(not outcome.predicted for side in runs for outcome in side):
             return None, None
         ours, theirs = (_resampled(side, metric, positive(tasks.found, task)) for side in runs)
@@ -251,7 +269,7 @@ def _of_task(tasks: Tasks, task: QualityTask) -> Table:
     found, metric, rows = tasks.found, tasks.metric(task), []
     other = [name for outcome in found.of(task.name, REFERENCE)[:1] for name in outcome.scores if name != metric]
     for name in tasks.names:
-        outcomes, scores = found.of(task.name, name), tasks.scores(task, name)
+        outcomes, scores = found.of(task.name, name), list(tasks.scores(task, name).values())
         seconds, rate = tasks.seconds(task, name), found.rates.get((task.name, name))
         row: Row = {
             "method": name,
@@ -300,6 +318,7 @@ def _sets(found: Comparison) -> Table:
                 "trained on": _count(choose, "train"),
                 "choose": _count(choose, "validation"),
                 "judge": _count(judge, "validation"),
+                "of these, trained on or choose": found.seen.get(task.name),
                 "classes": len(choose["classes"]) if "classes" in choose else None,
             }
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from slicefine.benchmarking.attaching import Attached
-from slicefine.benchmarking.cells import VERSION, Cells
+from slicefine.benchmarking.cells import VERSION, Cells, file_of
 from slicefine.benchmarking.fitting import Job, attach_to, prepare, trainer_of
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.setups import ROOM
@@ -36,18 +35,21 @@ LEARNING_RATE = 1e-4
 
 
 def measured(
-    cells: Cells, task: QualityTask, variants: Sequence[Variant], settings: QualitySettings, threads: int
+    cells: Cells, task: QualityTask, model: str, variants: Sequence[Variant], settings: QualitySettings, threads: int
 ) -> Measured:
-    """Seconds of `settings.rounds` steps of every method; kept with the runs, and not measured again."""
+    """Seconds of `settings.rounds` steps of every method; kept with the runs, and not measured again.
+
+    `model`: fingerprint of the pretrained model.
+    """
     known = {
         "task": task.name,
         "recipe": task.recipe.flat(),
+        "model": model,
         "methods": [one.name for one in variants],
         "rounds": settings.rounds,
         "threads": threads,
     }
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    path = cells.folder / f"{task.name}-times-{digest}.json"
+    path = cells.folder / file_of(f"{task.name}-times", known)
     if path.is_file():
         return _read(path)
     found = _measure(task, variants, settings, threads)

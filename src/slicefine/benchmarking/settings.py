@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slicefine.benchmarking.methods import FROZEN, METHODS, Method, method
+from slicefine.benchmarking.methods import FROZEN, METHODS, REFERENCE, Method, method
 from slicefine.benchmarking.models import MODELS, SMALL, Architecture, architecture
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
 
-REFERENCES = (FROZEN, "LoRA-r8")
+REFERENCES = (FROZEN, REFERENCE)
 """Methods that all others are compared with: measured whether they are asked for or not."""
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
@@ -90,11 +90,11 @@ class Settings:
         return problems
 
     def compared(self) -> list[Method]:
-        """The methods, each once, and those that the others are compared with; with every rank of a sweep over ranks."""
+        """The methods, and those that the others are compared with; with every rank of a sweep over ranks."""
         asked = [method(name) for name in self.methods]
         if self.sweep == RANK:
             asked = [one.of_rank(r) for one in asked for r in self.values or RANKS]
-        return list(dict.fromkeys([*(one for one in map(method, REFERENCES) if one not in asked), *asked]))
+        return [*(one for one in map(method, REFERENCES) if one not in asked), *asked]
 
     def architectures(self, gpu: bool) -> list[Architecture]:
         """The architectures, with every size of a sweep over sizes. Raises `SliceFineError` where one has no such size."""

@@ -35,6 +35,7 @@ DECIDED = frozenset(
 """Settings of a recipe that the benchmark or the suite decides, beside those of the slice."""
 _KEYS = ("recipe", TEST)
 SPLITS = (TRAIN, VALIDATION, TEST)
+MEDIA = ("image", "video")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,7 @@ Found = Iterator[tuple[str, "SliceFineError | dict[str, Any]"]]
 
 
 def _of_folder(path: Path) -> Found:
-    folders = sorted(one for one in path.iterdir() if one.is_dir() and any(_split(one, name) for name in SPLITS))
+    folders = sorted(one for one in path.iterdir() if one.is_dir() and (_has_split(one) or _has_data(one)))
     if not folders:
         within = [one.name for one in sorted(path.iterdir())]
         raise SliceFineError(
@@ -137,6 +138,12 @@ def _of_folder(path: Path) -> Found:
 
 
 def _of_examples(folder: Path) -> dict[str, Any]:
+    if not _has_split(folder):
+        there = listed(sorted(one.name for one in folder.iterdir()), 8)
+        raise SliceFineError(
+            f"Task {folder.name}: {folder} has data, and nothing in it is called {', '.join(SPLITS)}; there are {there}. Rename them, or move "
+            "what is no task out of the suite."
+        )
     train, validation, test = (_split(folder, name) for name in SPLITS)
     if train is None:
         raise SliceFineError(
@@ -166,11 +173,28 @@ def _split(folder: Path, name: str) -> Path | None:
     )
 
 
+def _has_split(folder: Path) -> bool:
+    return any(_split(folder, name) for name in SPLITS)
+
+
+def _has_data(folder: Path) -> bool:
+    """Whether there are examples in it, whatever they are called; tools keep theirs in folders that begin with a dot."""
+    if folder.name.startswith("."):
+        return False
+    return any(one.suffix in SUFFIXES for one in folder.iterdir()) or any(kind in MEDIA for kind in _kinds(folder))
+
+
+def _kinds(folder: Path) -> Iterator[str]:
+    """Of all files below `folder`: `image`, `video`, ...; drawings, as benchmarks make them, are none."""
+    types = (str(mimetypes.guess_type(one.name)[0]) for one in folder.rglob("*") if one.is_file())
+    return (one.partition("/")[0] for one in types if one != "image/svg+xml")
+
+
 def _kind(train: Path) -> str:
     if train.is_file():
         return "text-classification"
-    kinds = {str(mimetypes.guess_type(one.name)[0]).partition("/")[0] for one in train.rglob("*") if one.is_file()}
-    found = [kind for kind in ("image", "video") if kind in kinds]
+    kinds = set(_kinds(train))
+    found = [kind for kind in MEDIA if kind in kinds]
     if not found:
         raise SliceFineError(f"Task {train.parent.name}: there are neither images nor clips in {train}.")
     return f"{found[0]}-classification"

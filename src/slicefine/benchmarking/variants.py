@@ -88,6 +88,14 @@ def variants(methods: Sequence[Method], values: dict[str, Sequence[Any]]) -> lis
     return list(dict.fromkeys(found))
 
 
+def unused(values: dict[str, Sequence[Any]], methods: Sequence[Method]) -> list[str]:
+    """What is wrong with an ablation that changes none of `methods`."""
+    if not values or not methods or any(one.kind == SLICEFINE for one in methods):
+        return []
+    flags, named = ", ".join(f"`--{name}`" for name in values), ", ".join(one.name for one in methods)
+    return [f"{flags} change {SLICEFINE} alone; `--methods` are {named}. Add {SLICEFINE}-5RC, say, or leave them out."]
+
+
 def problems(values: dict[str, Sequence[Any]], steps: int) -> list[str]:
     """What is wrong with the values of an ablation."""
     found = []

@@ -18,7 +18,9 @@ from slicefine.cli import bench_quality
 from slicefine.cli.page import write_page
 from slicefine.cli.quiet import quiet
 from slicefine.errors import did_you_mean
+from slicefine.training import schema
 from slicefine.training.extras import require_train
+from slicefine.training.recipe import Recipe
 
 NAME = "bench"
 HELP = "Measure fine-tuning methods side by side: time of a step, memory, scores."
@@ -27,6 +29,8 @@ BENCHMARKS = {
     "speed": "Time of a training step, of a move, and of inference, all methods on the same batches.",
     "memory": "Bytes saved for backward, gradients, moments, and the peak on a GPU, by method.",
 }
+NUMBERS = {"int": "whole numbers", "float": "finite numbers"}
+"""Type of a flag -> what it takes, in words."""
 OF_SPEED = ("rounds", "warmup", "generate")
 """Flags of `speed` alone."""
 
@@ -113,9 +117,11 @@ def explain(error: ArgumentError) -> str | None:
         flags = sorted({flag for one in _parsers().values() for flag in re.findall(r"--[\w.-]+", one.format_help())})
         of_speed = " It is a flag of `slicefine bench speed`." if word.removeprefix("--") in OF_SPEED else ""
         return f"There is no argument {word!r} here.{of_speed or did_you_mean(word, flags)} See --help."
-    key = re.search(r'Parser key "([\w.]+)"', text)
-    value = re.search(r"(?:Got|Given) value: (.*)\Z", text, re.DOTALL)
-    return f"`--{key[1].rpartition('.')[2]}` takes whole numbers; got {value[1]}." if key and value else None
+    if found := re.search(
+        r"""Parser key "(\w+)".*Expected a <class '(int|float)'>. Got value: (.*)\Z""", text, re.DOTALL
+    ):
+        return f"`--{found[1]}` takes {NUMBERS[found[2]]}; got {found[3]}."
+    return schema.explain(Recipe, error)
 
 
 def run(given: Any) -> int:

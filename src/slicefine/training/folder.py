@@ -38,15 +38,15 @@ RNG_STATE = "rng_state.pth"
 NEEDED_TO_BE_EXACT = ("optimizer.pt", "scheduler.pt", RNG_STATE)
 
 
-def refuse_unwritable(folder: Path) -> None:
-    """Raise `SliceFineError` unless files can be put into `folder`, or it can be made."""
+def refuse_unwritable(folder: Path, flag: str = "--output") -> None:
+    """Raise `SliceFineError` unless files can be put into `folder`, which `flag` names, or it can be made."""
     try:
         place = next(path for path in (folder, *folder.parents) if path.exists())
         if place.is_dir() or place != folder:  # that it is a file is said by those who know what it is for
             os.rmdir(tempfile.mkdtemp(dir=place))
     except OSError as error:
         raise SliceFineError(
-            f"`--output` is a folder that can be written; nothing can be made in {folder} ({error.strerror}). Name another."
+            f"`{flag}` is a folder that can be written; nothing can be made in {folder} ({error.strerror}). Name another."
         ) from error
 
 

@@ -91,7 +91,8 @@ def read(data: DataSettings) -> Examples:
             of_each = " of each class" if classes else ""
             raise SliceFineError(
                 f"Data: the validation set is empty: a fraction of {data.validation} of the {len(kept)} examples of "
-                f"{data.train} is less than one example{of_each}. Set `data.validation` to a larger fraction, or to a file."
+                f"{data.train} is less than one example{of_each}. Set `data.validation` (in `slicefine bench quality` "
+                "`--held_out`) to a larger fraction, or to a file."
             )
         whole = sets["train"]
         sets = {

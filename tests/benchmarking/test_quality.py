@@ -1,0 +1,198 @@
+"""A comparison from its suite to its runs, which are not made here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from classifiers import reviews, text_model, write_table
+from safetensors.torch import load_file, save_file
+
+from slicefine.benchmarking import quality, quality_report, quality_tables, quality_timing
+from slicefine.benchmarking.cells import Cells, Outcome
+from slicefine.benchmarking.quality import Comparison, compare, model_fingerprint
+from slicefine.benchmarking.quality_settings import QualitySettings
+from slicefine.benchmarking.suite import load_suite
+from slicefine.benchmarking.timing import Measured
+from slicefine.errors import SliceFineError
+
+OUTCOME = Outcome(
+    active=10, touched=30, head=2, added=0, total=100, steps=8, loss=0.25, scores={"accuracy": 0.9},
+    curve=[{"step": 8, "loss": 0.3, "accuracy": 0.8}], predicted=[0, 1], labels=[0, 0],
+)  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., QualitySettings]:
+    """Of a suite of one set, whose model is beside it."""
+    text_model(tmp_path / "model")
+    write_table(tmp_path / "sets/words/train.jsonl", reviews(range(20)))
+    write_table(tmp_path / "sets/words/test.jsonl", reviews(range(100, 110)))
+
+    def made(**changes: Any) -> QualitySettings:
+        usual = {
+            "suite": str(tmp_path / "sets"),
+            "methods": ("SliceFine-1R", "LoRA-r8"),
+            "learning_rates": (1e-3,),
+            "seeds": 1,
+            "steps": 8,
+            "rounds": 0,
+            "cells": str(tmp_path / "cells"),
+            "output": str(tmp_path / "out"),
+            "overrides": {"model.name": str(tmp_path / "model"), "data.max_length": 16},
+        }
+        return QualitySettings(**usual | changes)
+
+    return made
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs and timings that were made, by name."""
+    found: list[str] = []
+
+    def at_once(run: Any, jobs: Sequence[Any], **how: Any) -> Iterator[tuple[Any, Outcome]]:
+        for job in jobs:
+            found.append(job[0].words)
+            yield job, OUTCOME
+
+    def measure(task: Any, *given: Any) -> Measured:
+        found.append(f"time of {task.name}")
+        return Measured(arrangement="together", seconds={})
+
+    monkeypatch.setattr(quality, "in_processes", at_once)
+    monkeypatch.setattr(quality_timing, "_measure", measure)
+    return found
+
+
+def compared(settings: QualitySettings) -> Comparison:
+    return compare(settings, lambda found: None)
+
+
+# ------------------------------------------------------------- what is not made again
+
+
+def test_nothing_is_made_twice_unless_the_model_has_changed(
+    settings: Callable[..., QualitySettings], made: list[str], tmp_path: Path
+) -> None:
+    compared(settings(rounds=2))
+    first = list(made)
+    assert len(first) == 5  # a time; two runs that choose; two that are final
+    compared(settings(rounds=2))
+    assert made == first
+    weights = tmp_path / "model/model.safetensors"
+    values = load_file(weights)
+    save_file({name: value + 1 for name, value in values.items()}, weights, {"format": "pt"})
+    compared(settings(rounds=2))
+    assert made == first * 2
+    save_file(values, weights, {"format": "pt"})
+    compared(settings(rounds=2))
+    assert made == first * 2
+
+
+def test_the_fingerprint_of_a_model_is_of_what_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = text_model(tmp_path / "model")
+    before = model_fingerprint(str(folder))
+    (folder / "README.md").write_text("About it.")
+    (folder / "runs").mkdir()
+    assert model_fingerprint(str(folder)) == before
+    (folder / "vocab.txt").write_text((folder / "vocab.txt").read_text() + "\nnew")
+    assert model_fingerprint(str(folder)) != before
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache/models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("1" * 40)
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / ("1" * 40))
+    assert model_fingerprint("owner/name") == "1" * 40
+
+
+# -------------------------------------------------------------------- the methods
+
+
+def test_ranks_that_are_named_stay_when_those_of_others_are_chosen(
+    settings: Callable[..., QualitySettings], made: list[str]
+) -> None:
+    """1R of this model trains 2 x (5 x 32 + 48) = 416 parameters, LoRA of rank 1 has 928, HRA of rank 2 twice 416."""
+    asked = ("SliceFine-1R", "LoRA-r4", "LoRA-r8", "LoRA", "HRA-r6", "HRA")
+    found = compared(settings(methods=asked, equal_parameters="SliceFine-1R"))
+    names = [one.name for one in found.variants["words"]]
+    assert sorted(names) == sorted(["SliceFine-1R", "LoRA-r4", "LoRA-r8", "LoRA-r1", "HRA-r6", "HRA-r2"])
+
+
+def test_what_others_are_compared_with_stays_beside_the_one_of_equal_size(
+    settings: Callable[..., QualitySettings], made: list[str]
+) -> None:
+    found = compared(settings(methods=("SliceFine-1R", "LoRA"), equal_parameters="SliceFine-1R"))
+    assert [one.name for one in found.variants["words"]] == ["LoRA-r8", "SliceFine-1R", "LoRA-r1"]
+    assert "LoRA-r8" in [one.name for one in settings().known_methods]
+    assert [one.name for one in compared(settings(methods=("LoRA", "full"))).variants["words"]] == ["LoRA-r8", "full"]
+
+
+# ------------------------------------------------------------------- the examples
+
+
+def test_some_examples_that_are_known_from_training_are_counted_and_many_are_refused(
+    settings: Callable[..., QualitySettings], made: list[str], tmp_path: Path
+) -> None:
+    train, others = reviews(range(20)), reviews(range(100, 110))
+    test = tmp_path / "sets/words/test.jsonl"
+    same = [row | {"text": f" {row['text'].upper()}!"} for row in train]
+    write_table(test, [*same[:2], *others[2:]])
+    found = compared(settings())
+    assert found.seen == {"words": 2}
+    (row,) = next(table.rows for table in quality_tables.tables(found) if table.title == "The examples")
+    assert (row["judge"], row["of these, trained on or choose"]) == (20, 2)
+    write_table(test, [*same[:3], *others[3:]])
+    with pytest.raises(SliceFineError, match=r"at most 10% .*; 3 of the 20 in .*test\.jsonl are") as caught:
+        compared(settings())
+    assert f"Leave them out of {tmp_path / 'sets/words/train.jsonl'}" in str(caught.value)
+
+
+def test_examples_that_choose_do_not_judge_either(
+    settings: Callable[..., QualitySettings], made: list[str], tmp_path: Path
+) -> None:
+    others = reviews(range(100, 110))
+    write_table(tmp_path / "sets/words/validation.jsonl", [*reviews(range(50, 55)), *others[:6]])
+    with pytest.raises(SliceFineError, match="6 of the 20"):
+        compared(settings())
+
+
+# -------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize(
+    ("place", "says"), [("a-file", "is a folder; {} is a file."), ("a-file/x", "nothing can be made in {}")]
+)
+@pytest.mark.parametrize("flag", ["cells", "output", "board"])
+def test_folders_that_cannot_be_written_are_refused_before_anything_is_read(
+    settings: Callable[..., QualitySettings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+    place: str,
+    says: str,
+) -> None:
+    (tmp_path / "a-file").write_text("mine")
+    monkeypatch.setattr(quality_report, "compare", lambda *given: pytest.fail("it was begun"))
+    with pytest.raises(SliceFineError) as caught:
+        quality_report.run(settings(**{flag: str(tmp_path / place)}), "slicefine bench quality")
+    assert f"`--{flag}` is a folder" in str(caught.value)
+    assert says.format(tmp_path / place) in str(caught.value)
+    assert (tmp_path / "a-file").read_text() == "mine"
+
+
+def test_a_task_whose_name_has_a_slash_is_timed_and_kept(
+    settings: Callable[..., QualitySettings], made: list[str], tmp_path: Path
+) -> None:
+    given = settings(rounds=1)
+    (task,) = load_suite(given.suite, given.overrides)
+    task = dataclasses.replace(task, name="glue/words")
+    for _ in range(2):
+        quality_timing.measured(Cells(tmp_path / "cells"), task, "sha256:1", [], given, 1)
+    assert made == ["time of glue/words"]
+    (kept,) = (tmp_path / "cells").iterdir()
+    assert kept.name.startswith("glue-words-times-")

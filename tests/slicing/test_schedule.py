@@ -1,6 +1,7 @@
 """Properties of positions. The oracle for `touched` is to walk through every step."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -54,6 +55,12 @@ def test_full_coverage_in_one_pass_and_revisits_after_it(schedule, shape):
 def test_touched_is_what_a_walk_through_the_steps_visits(schedule, shape, step):
     walked = list(dict.fromkeys(schedule.slice_at(s, shape) for s in range(step)))
     assert schedule.touched(step, shape) == walked
+
+
+@given(schedules, shapes)
+def test_confined_is_what_stays_though_it_is_moved(schedule, shape):
+    moving = replace(schedule, slide_every=1)
+    assert schedule.confined(shape) == (len({moving.slice_at(step, shape) for step in range(40)}) == 1)
 
 
 @given(schedules, shapes, st.integers(0, 10))

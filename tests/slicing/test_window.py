@@ -43,7 +43,7 @@ def walk(schedule, shape, steps):
             touched += [piece] if piece not in touched else []
             own, begun = own + 1, True
             if schedule.slide_every and own % schedule.slide_every == 0:
-                moves, begun = moves + 1, False
+                moves, begun = moves + 1, still.slice_at(own, shape) == piece
 
 
 # ---------------------------------------------------------------------- the window
@@ -98,7 +98,7 @@ def test_a_schedule_is_what_somebody_sees_who_makes_every_step(schedule, shape):
         assert schedule.own(step) == own
         assert schedule.moves(step) == moves
         assert schedule.slice_at(step, shape) == piece
-        assert schedule.begun(step) == begun
+        assert schedule.begun(step, shape) == begun
         assert schedule.touched(step, shape) == touched
 
 
@@ -108,7 +108,7 @@ def test_nothing_moves_while_it_rests(schedule, shape, step):
         assert schedule.moves(step + 1) == schedule.moves(step)
         assert schedule.slice_at(step + 1, shape) == schedule.slice_at(step, shape)
         assert schedule.touched(step + 1, shape) == schedule.touched(step, shape)
-        assert schedule.begun(step + 1) == schedule.begun(step)
+        assert schedule.begun(step + 1, shape) == schedule.begun(step, shape)
 
 
 @for_all(windowed, shapes, st.integers(0, 200))
@@ -117,18 +117,20 @@ def test_a_block_that_never_rests_has_the_schedule_without_a_window(schedule, sh
     plain = replace(schedule, window=None)
     assert not always.rests
     assert always.active(step)
-    for asked in ("moves", "own", "begun"):
+    for asked in ("moves", "own"):
         assert getattr(always, asked)(step) == getattr(plain, asked)(step)
-    assert always.slice_at(step, shape) == plain.slice_at(step, shape)
-    assert always.touched(step, shape) == plain.touched(step, shape)
+    for asked in ("begun", "slice_at", "touched"):
+        assert getattr(always, asked)(step, shape) == getattr(plain, asked)(step, shape)
 
 
-@for_all(schedules, st.integers(0, 100))
-def test_without_a_window_every_step_is_its_own(schedule, step):
+@for_all(schedules, shapes, st.integers(0, 100))
+def test_without_a_window_every_step_is_its_own(schedule, shape, step):
     assert schedule.own(step) == step
     assert schedule.active(step)
     assert not schedule.rests
-    assert schedule.begun(step) == (step > 0 and schedule.moves(step) == schedule.moves(step - 1))
+    assert schedule.begun(step, shape) == (
+        step > 0 and schedule.slice_at(step, shape) == schedule.slice_at(step - 1, shape)
+    )
 
 
 def test_a_schedule_of_a_later_block_runs_ahead():
@@ -141,9 +143,9 @@ def test_a_schedule_of_a_later_block_runs_ahead():
 def test_before_the_first_own_step_nothing_is_touched():
     resting = schedule(window=Window((3, 0), 10, 1))
     assert [resting.touched(step, (9, 9)) for step in (-1, 0, 9, 10)] == [[], [], [], []]
-    assert not resting.begun(10)
+    assert not resting.begun(10, (9, 9))
     assert Region.of(resting.touched(11, (9, 9))).rows == (0, 1, 2)
-    assert resting.begun(11)
+    assert resting.begun(11, (9, 9))
 
 
 # ---------------------------------------------------------------------- costs

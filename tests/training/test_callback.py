@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -28,10 +29,15 @@ class Sentences(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": torch.randint(0, 20, (5,), generator=draw), "labels": torch.tensor(row % 2)}
 
 
-def make_model(**settings: Any) -> PeftModel:
+def make_model(blocks: int = 1, **settings: Any) -> PeftModel:
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=blocks,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=2,
     )
     settings = {"r": 2, "slide_every": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"} | settings
     return get_peft_model(BertForSequenceClassification(config), SliceFineConfig(**settings))  # pyright: ignore
@@ -132,7 +138,44 @@ def test_too_short(
     assert f"Set slide_every={fitting} ({moves} moves;" in message
 
 
-@pytest.mark.parametrize("settings", [{"slide_every": 11}, {"slide_every": None, "axis": "row"}])
+def test_too_short_for_the_turn_of_a_block(make_trainer: Callable[..., Trainer]) -> None:
+    model = make_model(2, depth_window=[1, 0], depth_every=25)
+    says = rf"ends after 20 .*2 turns of 25 steps each, comes to 2 of 4 targets: .* in {QUERY}, [^,]*value. Set depth_every=10,"
+    with pytest.warns(SliceFineWarning, match=says) as caught:
+        make_trainer(model, max_steps=20, logging_steps=100).train()
+    assert len(caught) == 1
+
+
+def test_a_block_that_rests_too_much_to_move(make_trainer: Callable[..., Trainer]) -> None:
+    model = make_model(2, depth_window=[0, 1, 1, 1], depth_every=5, slide_every=12)
+    says = rf"ends after 38 .*leaves 10 to {QUERY}, [^,]*value, and .* every 12: there they never.* slide_every=1 \(9 moves"
+    with pytest.warns(SliceFineWarning, match=says) as caught:
+        make_trainer(model, max_steps=38, logging_steps=100).train()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("steps", [12, 17])
+def test_a_move_that_is_made_before_a_rest(make_trainer: Callable[..., Trainer], steps: int) -> None:
+    """The first block moves after 8 steps and rests for as many; only a run of 17 trains it where it is then."""
+    model = make_model(2, depth_window=[0, 1], depth_every=8, slide_every=8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(model, max_steps=steps, logging_steps=100).train()
+    assert [str(w.message) for w in caught if "leaves 8 to" in str(w.message)] == ([] if steps == 17 else [ANY])
+
+
+def test_a_slice_that_stays_is_never_finished(make_trainer: Callable[..., Trainer]) -> None:
+    """That of a weight of as many rows has nowhere to move to."""
+    model = make_model(axis="row", r=2, target_modules=["query", "classifier"], task_type=None)
+    trainer = make_trainer(model)
+    trainer.train()
+    logged = {key for entry in trainer.state.log_history for key in entry if "update_norm/" in key}
+    assert logged == {f"slicefine/update_norm/{QUERY}"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"slide_every": 11}, {"slide_every": None, "axis": "row"}, {"slide_every": 50, "axis": "row", "r": 16}]
+)
 def test_not_too_short(make_trainer: Callable[..., Trainer], settings: dict[str, Any]) -> None:
     make_trainer(make_model(**settings)).train()  # warnings are errors here
 
@@ -189,9 +232,9 @@ def test_a_depth_window_hides_no_moves(make_trainer: Callable[..., Trainer]) -> 
         vocab_size=20, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2
     )
     settings = SliceFineConfig(
-        r=2, slide_every=4, target_modules=["query"], task_type="SEQ_CLS", depth_window=[2, 2, 0], depth_every=2
+        r=2, slide_every=3, target_modules=["query"], task_type="SEQ_CLS", depth_window=[2, 2, 0], depth_every=2
     )
     trainer = make_trainer(get_peft_model(BertForSequenceClassification(config), settings))  # pyright: ignore
     trainer.train()
     moves = [entry["slicefine/moves"] for entry in trainer.state.log_history if "slicefine/moves" in entry]
-    assert moves == [step // 4 for step in range(1, 13)]
+    assert moves == [step // 3 for step in range(1, 13)]

@@ -69,6 +69,19 @@ def test_training_goes_on_from_a_loaded_adapter(tmp_path, settings, steps):
         assert torch.equal(outputs(loaded), before)
 
 
+@pytest.mark.parametrize("steps", [3, 6])
+def test_a_slice_that_stays_goes_on_from_its_master(tmp_path, steps):
+    """`lin1` has 14 rows: what was learned below the spacing of bf16 is not lost where others move."""
+    base, model, optimizer = saved(tmp_path, steps=steps, dtype=torch.bfloat16, axis="row", r=14)
+    loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    assert not differences(model, loaded)
+    other = torch.optim.AdamW(trainable(loaded), lr=3e-2, weight_decay=0.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    fit(model, 5, optimizer=optimizer, seed=9)
+    fit(loaded, 5, optimizer=other, seed=9)
+    assert not differences(model, loaded)
+
+
 @each_setting
 def test_loading_an_earlier_checkpoint_into_a_live_adapter(tmp_path, settings):
     _, model, optimizer = saved(tmp_path, steps=4, **settings)
@@ -185,6 +198,27 @@ def test_a_wrong_base_of_equal_shapes(tmp_path):
     with torch.no_grad():
         base.lin1.weight[0, 0] += 1e-3
     refused(base, tmp_path, "lin1", "other values in the rows and columns", "Load the base model it was trained on")
+
+
+@pytest.mark.parametrize("steps", [0, 7])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_base_without_values(tmp_path, steps, low_cpu_mem_usage):
+    base, _, _ = saved(tmp_path, steps=steps)
+    base.lin1.to("meta")
+    with pytest.raises(SliceFineError, match=r"cannot be attached: lin1: .*meta device. Load the base's values first"):
+        PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {type(module) for module in base.children()} == {torch.nn.Linear}
+    assert not hasattr(base, "peft_config")
+    assert not differences(base.lin0, mlp().lin0)
+
+
+def test_a_live_adapter_on_a_base_without_values(tmp_path):
+    saved(tmp_path)
+    model = get_peft_model(mlp().to("meta"), SliceFineConfig(r=4, slide_every=3, target_modules=["lin0", "lin1"]))
+    with pytest.raises(SliceFineError, match=r"nothing was loaded: lin0, lin1: .*meta device"):
+        model.load_adapter(tmp_path, "default")
+    assert touched_slices(model) == {"lin0": [], "lin1": []}
+    assert active_slices(model).keys() == {"lin0", "lin1"}
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999])

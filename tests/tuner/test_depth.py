@@ -220,7 +220,7 @@ class Masked:
                 module = self.model.get_submodule(name)
                 module.weight.requires_grad_(name in trained)
                 module.bias.requires_grad_(name in trained and bool(self.biases))
-                if name in trained and not self.own[name] % (self.config.slide_every or STEPS):
+                if name in trained and self.elsewhere(name, tuple(module.weight.shape)):
                     self.begin(name)
             self.model.zero_grad()
             for seed in seeds:
@@ -232,6 +232,11 @@ class Masked:
             for optimizer in self.always:
                 optimizer.step()
         return self.model.requires_grad_(True)
+
+    def elsewhere(self, name, shape):
+        """Whether the slice is not where it was at the step before that trained it."""
+        own, schedule = self.own[name], self.schedules[name]
+        return own == 0 or schedule.slice_at(own, shape) != schedule.slice_at(own - 1, shape)
 
     def begin(self, name):
         """A new position: a new parameter, and an optimizer that knows nothing."""

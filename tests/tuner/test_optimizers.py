@@ -165,6 +165,21 @@ def test_agrees_with_masked_dense_training(axis, optimizer):
     assert_agree(model, simulate(base, model.peft_config["default"].schedule, OPTIMIZERS[optimizer], STEPS, batch()))
 
 
+@pytest.mark.parametrize("order", ["sweep", "random"])
+@pytest.mark.parametrize(("axis", "r", "stays", "moves"), [("row", 3, "head", "lin0"), ("column", 10, "lin0", "lin1")])
+def test_a_slice_that_cannot_move_keeps_its_moments(axis, r, stays, moves, order):
+    base, model = adapted_mlp(axis=axis, r=r, order=order, target_modules=[stays, moves])
+    schedule = model.peft_config["default"].schedule
+    optimizer = fit(model, 14)
+    expected = simulate(base, schedule, lambda p: torch.optim.AdamW(p, lr=3e-2, weight_decay=0.0), 14, batch(), targets=(stays, moves))  # fmt: skip
+    assert (
+        int(optimizer.state[model.get_submodule(f"base_model.model.{stays}").slicefine_weight["default"]]["step"]) == 14
+    )
+    merged = model.merge_and_unload()
+    for name in (stays, moves):
+        torch.testing.assert_close(getattr(merged, name).weight, getattr(expected, name).weight, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("optimizer", WHOLE_TENSOR)
 @pytest.mark.parametrize("axis", ["row", "column", "alternate"])
 def test_optimizers_that_scale_by_a_whole_parameter_see_the_padding_of_alternate(axis, optimizer):

@@ -41,6 +41,10 @@ def refused(model, config, *words):
         ({"target_modules": None}, ["`target_modules`", "all-linear"]),
         ({"layers_pattern": "layers"}, ["`layers_pattern`", "both or neither"]),
         ({"target_modules": ".*q", "layers_to_transform": 1}, ["`layers_to_transform`", "regular expression"]),
+        ({"axis": "coupled", "couplings": "auto"}, ["`couplings` is a dictionary", "got 'auto'", "Leave it out"]),
+        ({"axis": "coupled", "couplings": [("a", "b")]}, ["`couplings` is a dictionary", r"got \[\('a', 'b'\)\]"]),
+        ({"axis": "coupled", "couplings": []}, ["`couplings` is a dictionary", r"got \[\]"]),
+        ({"couplings": {"x": 5, 6: "row 0+4"}}, ["3 problems", "axis='coupled'", "got 'x': 5", "got 6: 'row 0.4'"]),
         ({"r": 0, "axis": "x", "order": "y"}, ["3 problems", "`r`", "`axis`", "`order`"]),
     ],
 )

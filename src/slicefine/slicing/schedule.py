@@ -83,7 +83,7 @@ class Schedule:
         return found
 
     def moves(self, step: int) -> int:
-        """Number of moves made in the first `step` optimizer steps."""
+        """Number of moves made in the first `step` optimizer steps; not by a slice that is `confined`."""
         return 0 if self.slide_every is None else self.own(step) // self.slide_every
 
     def active(self, step: int) -> bool:
@@ -99,10 +99,17 @@ class Schedule:
         """How many of the first `step` optimizer steps train the weight."""
         return step if self.window is None else self.window.own(step)
 
-    def begun(self, step: int) -> bool:
-        """Whether any of the first `step` optimizer steps has trained the slice where it is then."""
+    def begun(self, step: int, shape: Shape) -> bool:
+        """Whether any of the first `step` optimizer steps has trained the slice of a weight of `shape` where it is then."""
         own = self.own(step)
-        return own > 0 and (self.slide_every is None or own % self.slide_every > 0)
+        if own == 0 or self.slide_every is None or own % self.slide_every > 0:
+            return own > 0
+        move = own // self.slide_every
+        return self._placement(move, shape) == self._placement(move - 1, shape)
+
+    def confined(self, shape: Shape) -> bool:
+        """Whether the slice is as wide as a weight of `shape`, and so has nowhere to move to."""
+        return self._positions(shape) == 1
 
     def __str__(self) -> str:
         """What decides positions, as files and messages give it: the seed only where there is a choice for it to make."""
@@ -125,8 +132,7 @@ class Schedule:
         if not own:
             return []
         placements = 1 if self.slide_every is None else (own - 1) // self.slide_every + 1
-        full_coverage = len(self._cycle()) * max(self._blocks(axis, shape) for axis in self._cycle())
-        return list(dict.fromkeys(self._placement(k, shape) for k in range(min(placements, full_coverage))))
+        return list(dict.fromkeys(self._placement(k, shape) for k in range(min(placements, self._positions(shape)))))
 
     def widest(self, shape: Shape) -> Shape:
         """`(width, length, *kernel)` of the smallest matrix that can hold the slice of a weight of `shape` at any step."""
@@ -144,6 +150,10 @@ class Schedule:
     def _blocks(self, axis: str, shape: Shape) -> int:
         dimension = self._dimension(axis, shape)
         return -(-dimension // min(self.r, dimension))
+
+    def _positions(self, shape: Shape) -> int:
+        """Number of placements after which a weight of `shape` is covered, along all axes in use."""
+        return len(self._cycle()) * max(self._blocks(axis, shape) for axis in self._cycle())
 
     def _placement(self, move: int, shape: Shape) -> Slice:
         cycle = self._cycle()

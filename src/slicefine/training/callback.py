@@ -38,9 +38,9 @@ class SliceFineCallback(TrainerCallback):
     Trackers see these values if their callback stands after this one:
     `Trainer(..., callbacks=[SliceFineCallback(), TensorBoardCallback()])` with `report_to="none"`.
 
-    Warns (`SliceFineWarning`) when the run begins if it is too short for a single move, and when it ends of targets
-    whose slices did not change. Raises `SliceFineError` under FSDP, DeepSpeed and `nn.DataParallel`, and when Trainer has
-    resumed from a checkpoint without the state of optimizer and scheduler.
+    Warns (`SliceFineWarning`) when the run begins if it is too short to train some targets, or for a single move of their
+    slices, and when it ends of targets whose slices did not change. Raises `SliceFineError` under FSDP, DeepSpeed and
+    `nn.DataParallel`, and when Trainer has resumed from a checkpoint without the state of optimizer and scheduler.
 
     Args:
         allow_inexact_resume: Let such a run go on, with a new optimizer and the learning rate from its beginning.
@@ -76,6 +76,7 @@ class SliceFineCallback(TrainerCallback):
             self._at_move = _positions(self._layers) | {
                 f"slicefine/update_norm/{name}": update_norm(layer, _finished_slice(layer))
                 for name, layer in self._layers.items()
+                if _finished_slice(layer) != layer.state.active
             }
 
     def on_log(
@@ -190,15 +191,33 @@ def _refuse_lost_optimizer(layers: dict[str, SliceLayer], resumed_at: int, sched
 
 
 def _warn_if_too_short(layers: dict[str, SliceLayer], steps_to_go: int) -> None:
+    """Warn of targets that the run never trains, and of those whose slices never move though they could."""
     step, schedule = progress(layers)
-    end = step + steps_to_go
-    # A move after the last step would train nothing.
-    if schedule.slide_every is None or schedule.moves(end - 1) > 0:
+    end, every = step + steps_to_go, schedule.slide_every
+    own = {name: layer.state.schedule.own(layer.state.step + steps_to_go) for name, layer in layers.items()}
+    windows = {name: layer.state.schedule.window for name, layer in layers.items()}
+    untrained = {name: window for name, window in windows.items() if window is not None and not own[name]}
+    if untrained:
+        window = next(iter(untrained.values()))
+        turns = len(window.lowest)
+        warnings.warn(
+            f"The run ends after {end} optimizer steps, before `depth_window`, {turns} turns of {window.every} steps each, comes to "
+            f"{len(untrained)} of {len(layers)} targets: nothing is trained in {listed(untrained, SHOWN_NAMES)}. Set "
+            f"depth_every={max(1, end // turns)}, or train longer.",
+            SliceFineWarning,
+            stacklevel=2,
+        )
+    movable = [name for name, layer in layers.items() if not layer.state.schedule.confined(layer.shape)]
+    # A move after the last step that trains a weight would train nothing.
+    still = [name for name in movable if every is not None and name not in untrained and own[name] <= every]
+    if not still:
         return
-    fitting = max(1, end // GOOD_MOVES)
+    least = min(own[name] for name in still)
+    rested = f", of which `depth_window` leaves {least} to {listed(still, SHOWN_NAMES)}," if least < end else ""
+    fitting = max(1, least // GOOD_MOVES)
     warnings.warn(
-        f"The run ends after {end} optimizer steps and the slices move every {schedule.slide_every}: they never move, and "
-        f"one position of each weight is all that is trained. Set slide_every={fitting} ({max(end - 1, 0) // fitting} "
+        f"The run ends after {end} optimizer steps{rested} and the slices move every {every}: {'there ' if rested else ''}they never move, and "
+        f"one position of each weight is all that is trained. Set slide_every={fitting} ({max(least - 1, 0) // fitting} "
         "moves; the paper's runs make 5 to 10), train longer, or set slide_every=None (null in a recipe) if this is what you want.",
         SliceFineWarning,
         stacklevel=2,

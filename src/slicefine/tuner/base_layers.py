@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from slicefine.errors import SliceFineError
 from slicefine.kernel import slice_conv, slice_embedding, slice_linear, vectors
 from slicefine.slicing import Shape
 
@@ -112,7 +113,15 @@ def compute(
 
 
 def present_values(weight: Tensor, axis: str, indices: tuple[int, ...]) -> Tensor:
-    """Rows or columns of `weight` `(d_out, d_in, *kernel)` as they are now, `(len(indices), across, *kernel)`, on the CPU."""
+    """Rows or columns of `weight` `(d_out, d_in, *kernel)` as they are now, `(len(indices), across, *kernel)`, on the CPU.
+
+    Raises `SliceFineError` for a weight on the meta device.
+    """
+    if weight.is_meta:
+        raise SliceFineError(
+            "an adapter replaces values of its base, and this weight has a shape alone: it is on the meta device. Load the base's values "
+            "first, then the adapter."
+        )
     index = torch.tensor(indices, dtype=torch.int64, device=weight.device)
     return vectors(weight.detach(), axis).index_select(0, index).cpu()
 

@@ -51,7 +51,11 @@ def base_problems(found: dict[str, Place], config: SliceFineConfig) -> list[str]
         seal = Seal.parse(config.seals[name])
         schedule = config.schedule_of(name)
         region = Region.of(schedule.touched(seal.step, shape))
-        if problem := seal.settings_problem(schedule) or seal.base_problem(region, original):
+        try:
+            problem = seal.settings_problem(schedule) or seal.base_problem(region, original)
+        except SliceFineError as error:  # a base without values
+            problem = str(error)
+        if problem:
             problems[name] = problem
     return by_text(problems)
 

@@ -151,14 +151,7 @@ class SliceFineConfig(PeftConfig):
                 "`layers_to_transform` works with a list of names; with a regular expression, put the indices into the "
                 f"expression; got target_modules={self.target_modules!r}."
             )
-        if self.couplings is not None and self.axis != COUPLED:
-            problems.append(f"`couplings` are for axis='coupled'; got axis={self.axis!r}. Leave them out.")
-        for target, text in (self.couplings or {}).items():
-            try:
-                Layout.parse(text)
-            except SliceFineError as error:
-                problems.append(f"`couplings`: {target}: {error}")
-        problems += self._window_problems()
+        problems += self._coupling_problems() + self._window_problems()
         if not isinstance(self.step, int) or self.step < 0:
             problems.append(
                 f"`step` counts optimizer steps and is written by saving; got {self.step!r}. Leave it alone."
@@ -183,6 +176,27 @@ class SliceFineConfig(PeftConfig):
         if block is None:
             return schedule
         return replace(schedule, window=Window(tuple(self.depth_window or ()), self.depth_every, block))
+
+    def _coupling_problems(self) -> list[str]:
+        if self.couplings is None:
+            return []
+        form = "names of targets with texts such as 'row 0+384'"
+        if not isinstance(self.couplings, dict):
+            return [
+                f"`couplings` is a dictionary, {form}; got {self.couplings!r}. Leave it out, and partners are found."
+            ]
+        found = []
+        if self.axis != COUPLED:
+            found.append(f"`couplings` are for axis='coupled'; got axis={self.axis!r}. Leave them out.")
+        for target, text in self.couplings.items():
+            if not isinstance(target, str) or not isinstance(text, str):
+                found.append(f"`couplings` has {form}; got {target!r}: {text!r}. Leave it out, and partners are found.")
+                continue
+            try:
+                Layout.parse(text)
+            except SliceFineError as error:
+                found.append(f"`couplings`: {target}: {error}")
+        return found
 
     def _window_problems(self) -> list[str]:
         found = []

@@ -243,7 +243,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
                 self.slicefine_bias[adapter].copy_(bias)
                 self.place.bias.copy_(bias)
         self._occupy(adapter, state.schedule.slice_at(step, self.shape))
-        if state.schedule.begun(step):
+        if state.schedule.begun(step, self.shape):
             with torch.no_grad():
                 self.slicefine_weight[adapter].copy_(master)
             self._write(adapter)
@@ -307,8 +307,8 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         self._show(None)
 
     @contextmanager
-    def shown(self, adapter: str) -> Iterator[bool]:
-        """Within this context the weight holds the values of `adapter`; yields whether it did not before."""
+    def shown(self, adapter: str | None) -> Iterator[bool]:
+        """Within this context the weight holds the values of `adapter`, or the original ones; yields whether it did not before."""
         before = self._installed
         self._show(adapter)
         try:
@@ -455,11 +455,13 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         self.followed = None if master.is_inference() else master._version
 
     def count(self, adapter: str) -> bool:
-        """An optimizer step was made; returns whether the slice has to move."""
+        """An optimizer step was made; returns whether the slice has to move. One as wide as its weight stays."""
         state = self.slicefine_state[adapter]
         state.step += 1
         state.resting = not state.schedule.active(state.step)
-        return state.schedule.moves(state.step) != state.schedule.moves(state.step - 1)
+        if state.schedule.moves(state.step) == state.schedule.moves(state.step - 1):
+            return False
+        return state.schedule.slice_at(state.step, self.shape) != state.active
 
     def slide(self, adapter: str) -> None:
         """Freeze the active slice with what it has learned and go to where the schedule wants to be."""
@@ -528,11 +530,8 @@ class SliceLayer(nn.Module, BaseTunerLayer):
 
     def base_values(self, axis: str, indices: tuple[int, ...]) -> Tensor:
         """Rows or columns of the weight as it is without any adapter, `(len(indices), length)`, CPU, base dtype."""
-        shown = self._installed
-        self._show(None)
-        values = self._present(axis, indices)
-        self._show(shown)
-        return values
+        with self.shown(None):
+            return self._present(axis, indices)
 
     def _present(self, axis: str, indices: tuple[int, ...]) -> Tensor:
         return present_values(self.matrix, axis, indices)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 from planned import TINY, llama, recipe
 from transformers import BertConfig
 
-from slicefine.benchmarking.planning import Plan, parse_memory, plan
+from slicefine.benchmarking import planning
+from slicefine.benchmarking.planning import Change, Plan, parse_memory, plan
 from slicefine.benchmarking.planning_report import text
 from slicefine.errors import SliceFineError
 from slicefine.training.recipe import Recipe
@@ -45,6 +49,24 @@ def test_the_axis_alone_can_be_enough() -> None:
 def test_the_batch_is_the_largest_that_fits() -> None:
     made, _ = tight(0.15)
     assert [c.settings.get("training.per_device_train_batch_size") for c in made.changes][-1] == 1
+
+
+def test_a_batch_is_found_where_a_part_of_the_step_does_not_shrink_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits in tiles, say: in proportion a batch of 32 would fit."""
+    asked = []
+
+    def changed(made: Plan, _: Any, settings: dict[str, Any]) -> Change:
+        size = settings.get("training.per_device_train_batch_size", 64)
+        asked.append(size)
+        return Change(settings=settings, device=made.costs[0].fixed + 1_000_000 + 10_000 * size)
+
+    monkeypatch.setattr(planning, "_changed", changed)
+    made = plan(recipe(training__per_device_train_batch_size=64), llama(), device="cpu")
+    needed = made.costs[0].fixed + 1_000_000 + 10_000 * 8 + 1
+    made = planning._with_changes(dataclasses.replace(made, memory=needed), llama(), 2 * needed)
+    assert [change.settings["training.per_device_train_batch_size"] for change in made.changes] == [8]
+    assert made.smallest is None
+    assert len(asked) <= 8
 
 
 def test_where_nothing_helps_the_least_is_said() -> None:

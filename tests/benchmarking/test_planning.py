@@ -17,8 +17,11 @@ from transformers import (
     CLIPConfig,
     Gemma3TextConfig,
     Glm4MoeConfig,
+    MambaConfig,
     SwinConfig,
+    T5Config,
     WhisperConfig,
+    XLNetConfig,
 )
 
 from slicefine.benchmarking import planned_cost
@@ -103,6 +106,11 @@ def test_counts_are_those_of_the_run() -> None:
     assert (made.steps, made.moves, made.lora_rank) == (7, 3, 12)
     sizes = sum(layer.matrix.numel() for _, layer, _ in tuned(model))
     assert made.coverage == counts.touched / sizes
+
+
+def test_slices_as_wide_as_their_weight_make_no_moves() -> None:
+    made = plan(recipe(slice__r=16, slice__axis="row"), llama(), device="cpu")  # as many rows have key and value
+    assert (made.fewest_moves, made.moves) == (0, 3)
 
 
 def test_the_length_of_the_run_is_that_of_the_trainer() -> None:
@@ -236,6 +244,39 @@ def test_a_graph_that_depends_on_values_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(planned_cost, "attached", chooses)
     with pytest.raises(SliceFineError, match="where it depends on values"):
         cost(subject(recipe(), llama()), SLICEFINE, gpu=True)
+
+
+def test_where_a_step_cannot_be_counted_all_the_rest_is_said() -> None:
+    """T5's loss looks for the end of a text, and what it finds depends on values."""
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, pad_token_id=0)
+    given = recipe(task="text-classification", data__max_length=16)
+    made = plan(given, config, memory=2**30)
+    assert [each.method for each in made.costs] == ["SliceFine-3RC", "LoRA-r8", "full"]
+    said = text(made)
+    assert "The memory of t5 cannot be counted" in said
+    assert "Whether SliceFine-3RC fits in 1.00 GiB is not known." in said
+    assert [line.split()[-1] for line in said.splitlines() if line.startswith(("gradients", "device, at"))] == [
+        "counted"
+    ] * 2
+    ours, numbers = made.costs[0], as_dict(made)["methods"][0]
+    assert (numbers["device"], numbers["step"], numbers["fits"]) == (None, None, None)
+    model = attached(subject(given, config), SLICEFINE)
+    assert ours.active == parameter_counts(model).active > 0
+    assert ours.artifact > 0
+    assert ours.weights + ours.masters == sum(t.numel() * t.itemsize for t in {*model.parameters(), *model.buffers()})
+
+
+def test_no_rank_is_promised_where_peft_attaches_no_lora() -> None:
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    made = plan(recipe(slice__target_modules=["in_proj", "out_proj"]), config, device="cpu")
+    assert made.lora_rank is None
+    assert "as LoRA      not exported: PEFT attaches none to these weights, see below" in text(made)
+    assert "There is no column for LoRA. PEFT does not attach LoRA to mamba" in text(made)
+
+
+def test_a_limit_below_one_is_none() -> None:
+    config = XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    assert plan(recipe(task="text-classification"), config).targets
 
 
 def test_unknown_models_are_refused(tmp_path: Path) -> None:

@@ -206,6 +206,16 @@ def test_what_is_wrong_is_said(
     assert message.format(config=config_only) in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_all_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["plan", "roberta-base-small", "--output", str(tmp_path / "file" / "plan")]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert "`--output` is a folder that can be written; nothing can be made in" in said.err
+
+
 def test_a_model_of_the_hub_needs_the_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["plan", "nobody/nothing"]) == 2

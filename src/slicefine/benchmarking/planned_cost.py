@@ -68,12 +68,22 @@ class Cost:
     artifact: int
     """Bytes of the tensors of the saved result at the end of the run; like `originals` the most there can be where its length is not
     known."""
-    step: StepMemory
+    step: StepMemory | None
+    """None where the graph of the model does not tell it."""
 
     @property
-    def device(self) -> int:
-        """Bytes at the highest moment of a step."""
-        return self.weights + self.masters + self.moments + self.step.peak
+    def fixed(self) -> int:
+        """Bytes that are there in every moment of a step."""
+        return self.weights + self.masters + self.moments
+
+    @property
+    def device(self) -> int | None:
+        """Bytes at the highest moment of a step; None where it is not known."""
+        return None if self.step is None else self.fixed + self.step.peak
+
+
+class UncountedError(SliceFineError):
+    """The graph of a model does not run on tensors without values."""
 
 
 def cost(
@@ -84,6 +94,7 @@ def cost(
     steps: int | None = None,
     model: nn.Module | None = None,
     deep: int = DEEP,
+    counted: bool = True,
 ) -> Cost:
     """What `method` needs, of a depth window in the turn that needs most. The layers of a deep model are counted as in `repeated_step_memory`.
 
@@ -91,13 +102,16 @@ def cost(
         steps: Length of the run, which matters for SliceFine alone; None = one that trains all there is to train.
         model: That of the method, on the meta device, if it has been made.
         deep: Layers from which on a model is deep.
+        counted: Whether a step is counted; if not, `step` is None.
+
+    Raises `SliceFineError` if the method cannot be attached, and `UncountedError` if a step cannot be counted.
     """
     model = attached(of, method) if model is None else model
     busiest, busy = of, model
     if method == SLICEFINE and of.recipe.slice.depth_window is not None:
         busiest = of.in_full
         busy = attached(busiest, method)
-    step = repeated_step_memory(busiest, method, busy, gpu=gpu) if of.layers >= deep else None
+    step = repeated_step_memory(busiest, method, busy, gpu=gpu) if counted and of.layers >= deep else None
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     held = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     masters = {} if method == FULL else trained
@@ -115,7 +129,7 @@ def cost(
         moments=MOMENTS * _bytes(trained.values()),
         originals=_originals(model, steps) if of_ours else 0,
         artifact=_artifact(model, steps) if of_ours else _bytes(trained.values()),
-        step=step or step_memory(busiest, busy, gpu=gpu),
+        step=step or (step_memory(busiest, busy, gpu=gpu) if counted else None),
     )
 
 
@@ -201,7 +215,7 @@ def touched(schedule: Schedule, steps: int, shape: Shape) -> tuple[int, int]:
 
 
 def step_memory(of: Subject, model: nn.Module, *, gpu: bool) -> StepMemory:
-    """Of `model`, which is `of` with a method attached. Raises `SliceFineError` where its graph cannot run without values."""
+    """Of `model`, which is `of` with a method attached. Raises `UncountedError` where its graph cannot run without values."""
     prepare(model, of.recipe)
     try:
         with fake(model, gpu=gpu), logits_in_place() if gpu else nullcontext():
@@ -211,7 +225,7 @@ def step_memory(of: Subject, model: nn.Module, *, gpu: bool) -> StepMemory:
     except SliceFineError:
         raise
     except Exception as error:  # of the model's own code, which may raise anything
-        raise SliceFineError(
+        raise UncountedError(
             f"The memory of {of.config.model_type} cannot be counted, for its graph does not run on tensors without values (where it depends on "
             f"values, say): {first_line(error)} Measure a few steps: `slicefine train` with --training.max_steps 2."
         ) from error

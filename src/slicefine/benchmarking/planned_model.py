@@ -217,7 +217,7 @@ def _refuse_longer(subject: Subject) -> None:
     if subject.recipe.task not in (TEXT, CAUSAL_LM):
         return
     limits = [getattr(subject.config.get_text_config(), "max_position_embeddings", None), positions(subject.build())]
-    longest = min((limit for limit in limits if limit), default=None)
+    longest = min((limit for limit in limits if limit and limit > 0), default=None)  # XLNet says -1: any
     if longest and subject.recipe.data.max_length > longest:
         raise SliceFineError(
             f"`data.max_length` is at most what {subject.recipe.model.name} can read, {longest} tokens; got "

@@ -6,6 +6,7 @@ counted on the real graph (`saved_bytes.py`). SliceFine, LoRA and full tuning ar
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import re
@@ -13,12 +14,15 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from slicefine.benchmarking.planned_config import whole
 from slicefine.benchmarking.planned_cost import (
     FULL,
     LORA,
     SLICEFINE,
     Cost,
+    UncountedError,
     attached,
     cost,
     touched,
@@ -79,13 +83,15 @@ class Plan:
     """Length of the run; None where it is not known."""
     moves: int | None
     fewest_moves: int | None
-    """Of the slices that rest the longest below a depth window; else `moves`."""
+    """Of the slices that rest the longest below a depth window, or that are as wide as their weight; else `moves`."""
     targets: int
     """Weights that are sliced."""
     coverage: float | None
     """Share of the entries of these weights that the run will have trained."""
     lora_rank: int | None
     """Greatest rank of the run exported as LoRA; None where its length is not known, and for slices that no LoRA can hold."""
+    lora_refused: str | None
+    """Why PEFT attaches no LoRA to these weights, so that none can be exported."""
     costs: list[Cost]
     """SliceFine, LoRA, full; without those two that cannot be counted for this model, see `notes`."""
     notes: list[str]
@@ -152,17 +158,11 @@ def plan(
     shapes = [layer.shape for _, layer, _ in layers]
     linear = all(layer.place.is_layer and isinstance(layer.place.module, LINEAR_LAYERS) for _, layer, _ in layers)
     schedules = [layer.slicefine_state[a].schedule for _, layer, a in layers]
-    both = zip(schedules, shapes, strict=True)
+    both = list(zip(schedules, shapes, strict=True))
     ranks = [min(sum(touched(schedule, steps, shape)), *shape[:2]) for schedule, shape in both] if steps else []
-    moves = [] if steps is None else [schedule.moves(max(steps - 1, 0)) for schedule in schedules]
-    costs, notes = [cost(of, SLICEFINE, gpu=gpu, steps=steps, model=model)], []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SliceFineWarning)  # said when SliceFine was attached
-        for method in (LORA, FULL):
-            try:
-                costs.append(cost(of, method, gpu=gpu))
-            except SliceFineError as error:
-                notes.append(f"There is no column for {method}. {error}")
+    last = max((steps or 0) - 1, 0)
+    moves = [0 if schedule.confined(shape) else schedule.moves(last) for schedule, shape in both]
+    costs, notes, lora_refused = _costs(of, model, gpu=gpu, steps=steps)
     made = Plan(
         recipe=recipe,
         model=of.config.model_type,
@@ -172,18 +172,41 @@ def plan(
         counts=dataclasses.replace(counts, active=costs[0].active),
         turns=_turns(layers, recipe.slice.depth_window or []),
         steps=steps,
-        moves=max(moves, default=None),
-        fewest_moves=min(moves, default=None),
+        moves=None if steps is None else max(moves),
+        fewest_moves=None if steps is None else min(moves),
         targets=len(layers),
         coverage=((counts.planned or 0) - biases) / sum(map(math.prod, shapes)) if steps else None,
-        lora_rank=max(ranks, default=None) if linear else None,
+        lora_rank=max(ranks, default=None) if linear and not lora_refused else None,
+        lora_refused=lora_refused,
         costs=costs,
         notes=notes,
         memory=memory,
         changes=[],
         smallest=None,
     )
-    return made if made.fits(costs[0].device) else _with_changes(made, config)
+    needed = costs[0].device
+    return made if needed is None or made.fits(needed) else _with_changes(made, config, needed)
+
+
+def _costs(of: Subject, model: nn.Module, *, gpu: bool, steps: int | None) -> tuple[list[Cost], list[str], str | None]:
+    """Of SliceFine, which `model` is, LoRA and full tuning; what is to be said of them; and why LoRA cannot be attached, if so."""
+    notes, refused, counted = [], None, True
+    try:
+        costs = [cost(of, SLICEFINE, gpu=gpu, steps=steps, model=model)]
+    except UncountedError as error:  # all the rest is exact all the same
+        notes.append(str(error))
+        counted = False
+        costs = [cost(of, SLICEFINE, gpu=gpu, steps=steps, model=model, counted=False)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SliceFineWarning)  # said when SliceFine was attached
+        for method in (LORA, FULL):
+            try:
+                costs.append(cost(of, method, gpu=gpu, counted=counted))
+            except SliceFineError as error:
+                notes.append(f"There is no column for {method}. {error}")
+                if method == LORA and not isinstance(error, UncountedError):
+                    refused = str(error)
+    return costs, notes, refused
 
 
 def _turns(layers: list[tuple[str, SliceLayer, str]], window: list[int]) -> list[Turn]:
@@ -207,14 +230,14 @@ def run_length(recipe: Recipe, examples: int | None) -> int | None:
 # ---------------------------------------------------------------- what would make it fit
 
 
-def _with_changes(made: Plan, config: Any) -> Plan:
-    """`made`, which does not fit, with the changes that make it fit. Each is evaluated as the run itself was."""
+def _with_changes(made: Plan, config: Any, needed: int) -> Plan:
+    """`made`, which needs `needed` bytes and does not fit, with the changes that make it fit. Each is evaluated as the run itself was."""
     training = made.recipe.training
     column = {} if made.recipe.slice.axis == COLUMN else {"slice.axis": COLUMN}
     checkpointing = {} if training.activation_checkpointing else {"training.activation_checkpointing": True}
-    batches = _smaller_batches(made, config, {}, made.costs[0].device)
+    batches = _smaller_batches(made, config, {}, needed)
     both = column | checkpointing
-    least = _changed(made, config, both) if both else Change(settings={}, device=made.costs[0].device)
+    least = _changed(made, config, both) if both else Change(settings={}, device=needed)
     if made.fits(least.device):  # else neither alone does
         single = [least] if len(both) == 1 else [_changed(made, config, change) for change in (column, checkpointing)]
         fitting = [change for change in single if made.fits(change.device)] or [least]
@@ -232,6 +255,7 @@ def _changed(made: Plan, config: Any, settings: dict[str, Any]) -> Change:
         warnings.simplefilter("ignore", SliceFineWarning)  # said of the plan itself already
         of = Subject(config=config, recipe=recipe)
         needed = cost(of, SLICEFINE, gpu=made.gpu, deep=0).device
+    assert needed is not None  # it was counted for the plan itself
     return Change(settings=settings, device=needed)
 
 
@@ -249,15 +273,19 @@ def _batch(recipe: Recipe, size: int) -> dict[str, Any]:
 
 def _smaller_batches(made: Plan, config: Any, settings: dict[str, Any], needed: int) -> list[Change]:
     """The largest batch that fits along with other changed `settings`, which need `needed` at the batch of the recipe."""
-    ours = made.costs[0]
-    fixed = ours.weights + ours.masters + ours.moments
+    fixed = made.costs[0].fixed
     assert made.memory is not None
     batch = made.recipe.training.per_device_train_batch_size
     share = (made.memory - OUTSIDE[GPU if made.gpu else CPU] - fixed) / max(1, needed - fixed)
+    # No part of a step shrinks faster than the batch, so larger ones need no evaluation. Some shrink slower, or not at all.
     sizes = [size for size in range(batch - 1, 0, -1) if batch % size == 0 and size <= batch * share]
-    # What grows with the batch grows in proportion, so larger ones need no evaluation; it may round to one too many.
-    for size in sizes[:2]:
-        change = _changed(made, config, settings | _batch(made.recipe, size))
-        if made.fits(change.device):
-            return [change]
-    return []
+    tried: dict[int, Change] = {}
+
+    def fits(size: int) -> bool:
+        tried[size] = _changed(made, config, settings | _batch(made.recipe, size))
+        return made.fits(tried[size].device)
+
+    if not sizes:
+        return []
+    first = 0 if fits(sizes[0]) else bisect.bisect_left(sizes, True, lo=1, key=fits)
+    return [tried[sizes[first]]] if first < len(sizes) else []

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from slicefine.benchmarking.planned_cost import Cost
 from slicefine.benchmarking.planning import CPU, GPU, OUTSIDE, Change, Plan
+from slicefine.benchmarking.saved_bytes import StepMemory
 
 FORMAT = 1
 """Of the dictionary; raised when a key changes its meaning."""
 
+NOT_COUNTED = "not counted"
 NOTE = "Counted for the longest batch; what is assumed, and what is not counted: docs/planning.md."
 
 
@@ -47,6 +50,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _method(plan: Plan, cost: Cost) -> dict[str, Any]:
+    step = cost.step
     return {
         "method": cost.method,
         "active": cost.active,
@@ -56,15 +60,15 @@ def _method(plan: Plan, cost: Cost) -> dict[str, Any]:
         "weights": cost.weights,
         "masters": cost.masters,
         "moments": cost.moments,
-        "gradients": cost.step.gradients,
+        "gradients": step and step.gradients,
         "originals_on_cpu": cost.originals,
-        "saved_for_backward": cost.step.saved,
-        "of_which_logits": cost.step.saved_logits,
-        "logits": cost.step.logits,
-        "step": cost.step.peak,
-        "step_at_its_peak": cost.step.at_peak,
+        "saved_for_backward": step and step.saved,
+        "of_which_logits": step and step.saved_logits,
+        "logits": step and step.logits,
+        "step": step and step.peak,
+        "step_at_its_peak": step and step.at_peak,
         "device": cost.device,
-        "fits": None if plan.memory is None else plan.fits(cost.device),
+        "fits": None if plan.memory is None or cost.device is None else plan.fits(cost.device),
     }
 
 
@@ -112,6 +116,8 @@ def _head(plan: Plan) -> list[str]:
             "; heads and biases have to be left out" if counts.modules_to_save or recipe.slice.bias != "none" else ""
         )
         lines.append(f"{'as LoRA':<12} rank {plan.lora_rank} when exported{dropped}")
+    elif plan.lora_refused is not None:
+        lines.append(f"{'as LoRA':<12} not exported: PEFT attaches none to these weights, see below")
     elif plan.steps is not None:
         lines.append(f"{'as LoRA':<12} not exported: slices are in more than linear layers")
     return lines
@@ -133,17 +139,21 @@ def _moves(plan: Plan) -> str:
 def _table(plan: Plan) -> list[str]:
     at_most = "" if plan.steps is not None else " at most"
     costs = plan.costs
+
+    def of_step(cost: Cost, bytes_of: Callable[[StepMemory], int]) -> str:
+        return NOT_COUNTED if cost.step is None else size(bytes_of(cost.step))
+
     rows: list[tuple[str, list[str]]] = [
         ("", [cost.method for cost in costs]),
         ("active parameters", [f"{cost.active:,}" for cost in costs]),
         ("weights", [size(cost.weights) for cost in costs]),
         ("masters, adapters (trained)", [size(cost.masters) for cost in costs]),
         ("AdamW's moments", [size(cost.moments) for cost in costs]),
-        ("gradients", [size(cost.step.gradients) for cost in costs]),
-        ("saved for backward", [size(cost.step.saved - cost.step.saved_logits) for cost in costs]),
-        ("logits", [size(cost.step.logits) for cost in costs]),
-        ("all of a step, at its peak", [size(cost.step.peak) for cost in costs]),
-        ("device, at its peak", [size(cost.device) for cost in costs]),
+        ("gradients", [of_step(cost, lambda step: step.gradients) for cost in costs]),
+        ("saved for backward", [of_step(cost, lambda step: step.saved - step.saved_logits) for cost in costs]),
+        ("logits", [of_step(cost, lambda step: step.logits) for cost in costs]),
+        ("all of a step, at its peak", [of_step(cost, lambda step: step.peak) for cost in costs]),
+        ("device, at its peak", [NOT_COUNTED if cost.device is None else size(cost.device) for cost in costs]),
         (f"originals, on the CPU{at_most}", [size(cost.originals) for cost in costs]),
         (f"artifact{at_most}", [size(cost.artifact) for cost in costs]),
     ]
@@ -163,7 +173,9 @@ def _verdict(plan: Plan) -> list[str]:
             f"Give the memory of the device to know whether it fits: --memory 24GiB{aside and ' (' + aside[2:] + ')'}."
         ]
     ours = plan.costs[0]
-    names = [cost.method for cost in plan.costs if plan.fits(cost.device)]
+    if ours.device is None:
+        return [f"Whether {ours.method} fits in {size(plan.memory)} is not known."]
+    names = [cost.method for cost in plan.costs if cost.device is not None and plan.fits(cost.device)]
     lines = [
         f"In {size(plan.memory)}{aside}: {', '.join(names) + ' fit' + 's' * (len(names) == 1) if names else 'nothing fits'}."
     ]

@@ -29,6 +29,7 @@ def write(recipe: Recipe, record: RunRecord) -> None:
         found = cost(
             subject(recipe, whole(recipe, read_config(recipe.model.name))), SLICEFINE, gpu=gpu, steps=record.steps
         )
+    assert found.step is not None
     parts = {
         "weights": found.weights,
         "masters": found.masters,

@@ -16,6 +16,7 @@ from slicefine.cli.quiet import quiet
 from slicefine.errors import SliceFineError, did_you_mean
 from slicefine.training import schema
 from slicefine.training.extras import require_train
+from slicefine.training.folder import refuse_unwritable
 from slicefine.training.recipe import Recipe
 from slicefine.training.shipped import find, shipped
 
@@ -76,6 +77,8 @@ def run(given: Any) -> int:
         raise SliceFineError(" ".join(problems))
     require_train()
     quiet()
+    if given.get("output"):
+        refuse_unwritable(Path(given.output))
     from slicefine.benchmarking.planning import parse_memory
     from slicefine.benchmarking.planning_report import as_dict, text
 

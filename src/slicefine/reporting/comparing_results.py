@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -276,9 +277,12 @@ def plans(named: Named) -> Page:
     memories = {of.get("memory") for of in contents.values()}
     memory = memories.pop() if len(memories) == 1 else None
     aside = next(iter(contents.values())).get("set_aside") if memory else None
-    order = sorted(contents, key=lambda name: contents[name]["methods"][0]["device"])
+    order = sorted(contents, key=lambda name: contents[name]["methods"][0]["device"] or math.inf)
     said = [f"{name} {size(contents[name]['methods'][0]['device'])}" for name in order]
-    blocks: list[Block] = [of_plan.memory_chart(dict(list(methods.items())[:MOST]), memory, aside)]
+    shown_methods = {name: one for name, one in methods.items() if one["device"] is not None}
+    blocks: list[Block] = []
+    if shown_methods:
+        blocks.append(of_plan.memory_chart(dict(list(shown_methods.items())[:MOST]), memory, aside))
     rows = [
         [
             Cell(text=name),

@@ -59,6 +59,8 @@ def verdict(content: Mapping[str, Any]) -> str:
     """What the plan comes to, in a sentence."""
     methods = content["methods"]
     ours, others = methods[0], methods[1:]
+    if ours["device"] is None:
+        return f"{ours['method']} trains {count(ours['active'])} parameters at a step; its memory could not be counted."
     beside = joined([f"{one['method']} {size(one['device'])}" for one in others])
     text = f"{ours['method']} needs {size(ours['device'])} at its peak" + (f" ({beside})" if beside else "")
     memory = content.get("memory")
@@ -131,7 +133,7 @@ def parts(method: Mapping[str, Any]) -> list[tuple[str, float]]:
 def memory_chart(methods: Mapping[str, Mapping[str, Any]], memory: float | None, set_aside: float | None) -> Chart:
     """A bar a method, the device as a line."""
     room = None if memory is None else memory - (set_aside or 0)
-    largest = max([one["device"] for one in methods.values()] + ([room] if room else []))
+    largest = max([*(one["device"] for one in methods.values()), room or 0])
     unit, name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
     bars = {title: [(part, value / unit) for part, value in parts(one)] for title, one in methods.items()}
     words = "At the highest moment of a step: " + "; ".join(
@@ -155,7 +157,8 @@ def memory_chart(methods: Mapping[str, Mapping[str, Any]], memory: float | None,
 
 def _memory(content: Mapping[str, Any]) -> Section:
     methods = content["methods"]
-    chart = memory_chart({one["method"]: one for one in methods}, content.get("memory"), content.get("set_aside"))
+    counted = {one["method"]: one for one in methods if one["device"] is not None}
+    charts = [memory_chart(counted, content.get("memory"), content.get("set_aside"))] if counted else []
     rows = [[Cell(text=title), *(Cell(text=shown(one.get(key))) for one in methods)] for title, key, shown in ROWS]
     at_most = (
         " Originals and artifact are the most there can be, as the length of the run is not known."
@@ -167,12 +170,16 @@ def _memory(content: Mapping[str, Any]) -> Section:
     return Section(
         title="Memory",
         words="Where the memory of a step goes, beside LoRA and full tuning on the same weights.",
-        blocks=[chart, table],
+        blocks=[*charts, table],
     )
 
 
 def _fits(content: Mapping[str, Any]) -> Section:
-    memory, methods = content.get("memory"), content["methods"]
+    memory, methods = content.get("memory"), [one for one in content["methods"] if one["device"] is not None]
+    if not methods:
+        return Section(
+            title="Does it fit?", blocks=[Prose(text="Not known: the memory of a step could not be counted.")]
+        )
     if memory is None:
         text = "No memory was given. `slicefine plan MODEL --memory 24GiB` says whether it fits, and what would make it fit."
         return Section(title="Does it fit?", blocks=[Prose(text=text)])

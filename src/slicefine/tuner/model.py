@@ -21,6 +21,7 @@ from slicefine.tuner import artifact, checks, coupling, depth, notices, targets
 from slicefine.tuner.arrival import Arrival
 from slicefine.tuner.base_layers import LINEAR_LAYERS, Place
 from slicefine.tuner.config import SliceFineConfig
+from slicefine.tuner.depth_order import FirstPass
 from slicefine.tuner.full_modules import full_parameters, show_full_modules
 from slicefine.tuner.layer import SliceLayer, SliceLinear, layers_around, slice_layers
 from slicefine.tuner.parameter import SliceLinearParameter, SliceParameter
@@ -38,7 +39,7 @@ class SliceFineModel(BaseTuner):
 
     prefix: str = artifact.PREFIX
     tuner_layer_cls = SliceLayer
-    _first_passes: tuple[depth.FirstPass, ...] = ()
+    _first_passes: tuple[FirstPass, ...] = ()
 
     # ------------------------------------------------------------------ attaching
 
@@ -82,7 +83,7 @@ class SliceFineModel(BaseTuner):
         self._arrival = None
         config.step, config.seals, config.heads = 0, None, None
         if config.depth_window is not None and not config.inference_mode:
-            self._first_passes += (depth.FirstPass(model, config, adapter_name),)
+            self._first_passes += (FirstPass(model, config, adapter_name),)
         if source is not None:
             _copy_adapter(model, source, adapter_name)
 

@@ -2,46 +2,29 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from transformers import BertConfig, BertModel, BertTokenizerFast
-
-WORDS = (["bread", "soup", "salt"], ["star", "moon", "orbit"])
+from classifiers import reviews, text_model, write_table
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS[0], *WORDS[1]]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).save_pretrained(folder)
-    return folder
+    text_model(tmp_path / "model")
+    return tmp_path / "model"
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    draw, tasks = random.Random(0), {}
-    for task in ("first", "second"):
-        named = {}
-        for part, count in (("train", 40), ("test", 8)):
-            rows = [{"text": " ".join(draw.choices(WORDS[i % 2], k=3)), "label": i % 2} for i in range(count)]
-            named[part] = tmp_path / f"{task}-{part}.jsonl"
-            named[part].write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tasks[task] = {
-            "recipe": "minilm-sst2",
-            "data.name": "sst2",
-            "data.train": str(named["train"]),
-            "data.max_length": 16,
-        }
-        tasks[task]["test"] = str(named["test"])
+    tasks = {}
+    for number, task in enumerate(("first", "second")):
+        first = 1000 * number
+        tables = {"train": range(first, first + 40), "test": range(first + 100, first + 108)}
+        for part, rows in tables.items():
+            write_table(tmp_path / f"{task}-{part}.jsonl", reviews(rows))
+        named = {"recipe": "minilm-text-classification", "data.max_length": 16}
+        tasks[task] = named | {"data.train": f"{task}-train.jsonl", "test": f"{task}-test.jsonl"}
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump({"tasks": tasks}))
     return path

@@ -721,16 +721,20 @@ def test_a_model_without_a_configuration_that_names_its_input():
             find_couplings(model, find_targets(model, coupled_mlp()))
 
 
-def test_a_model_that_changes_its_weights_to_evaluate_is_refused_and_stays_as_it_is():
-    model = of(
+def rwkv(**settings):
+    return of(
         "RwkvForCausalLM",
         vocab_size=50,
         hidden_size=16,
         num_hidden_layers=2,
         intermediate_size=24,
         context_length=16,
-        rescale_every=1,
+        **settings,
     )
+
+
+def test_a_model_that_changes_its_weights_to_evaluate_is_refused_and_stays_as_it_is():
+    model = rwkv(rescale_every=1)
     model.train()
     before = state_of(model)
     with pytest.raises(
@@ -742,15 +746,7 @@ def test_a_model_that_changes_its_weights_to_evaluate_is_refused_and_stays_as_it
 
 def test_a_model_that_keeps_what_it_writes_into_for_the_next_token():
     """Its cache is left out: a backward pass would meet values of later."""
-    model = of(
-        "RwkvForCausalLM",
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        intermediate_size=24,
-        context_length=16,
-        rescale_every=0,
-    )
+    model = rwkv(rescale_every=0)
     assert {name.rpartition(".")[2] for name in probed(model)} >= {"key", "value"}
 
 

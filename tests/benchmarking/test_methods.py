@@ -94,6 +94,7 @@ def test_ranks_are_part_of_the_name(name: str, kind: str, r: int | None, axis: s
 @pytest.mark.parametrize(
     ("name", "says"),
     [
+        ("SliceFin-4S", "no method 'SliceFin-4S'.*Did you mean 'SliceFine-4S'"),
         ("LoRa-8", "no method 'LoRa-8'.*Did you mean 'LoRA-r8'"),
         ("SliceFine", "no method 'SliceFine'.*SliceFine-<r>R"),
         ("SliceFine-0R", "no method"),

@@ -210,8 +210,14 @@ def method(name: str) -> Method:
     found = re.fullmatch(r"(.+?)(?:-r([1-9]\d*))?", name.lower())
     kind = kinds.get(found[1]) if found else None
     if found is None or kind in (None, SLICEFINE, ROCOFT) or (found[2] and KINDS[kind].r is None):
-        near = did_you_mean(name, [*METHODS, REFERENCE])
+        near = did_you_mean(name, [*METHODS, REFERENCE, *_with_ending_of(name)])
         raise SliceFineError(f"There is no method {name!r}; there are {', '.join(METHODS)}; also {PATTERNS}.{near}")
     if kind == HRA and found[2] and int(found[2]) % 2:
         raise SliceFineError(f"HRA takes even ranks, which its start needs; got {name!r}.")
     return Method(kind=kind, r=int(found[2]) if found[2] else KINDS[kind].r, named=bool(found[2]))
+
+
+def _with_ending_of(name: str) -> list[str]:
+    """Methods whose name has the rank that `name` ends with: `SliceFine-4S` for `SliceFin-4S`."""
+    ending = name.partition("-")[2].upper()
+    return [f"{SLICEFINE}-{ending}"] if re.fullmatch(r"[1-9]\d*(R|C|RC|S)", ending) else []

@@ -37,10 +37,11 @@ def warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> Non
         )
     lonely = coupling.uncoupled(list(found), config)
     if lonely and config.seals is None:
+        hint = " Random tokens or images do not reach every layer (a vision tower, say); a batch of yours may: "
+        hint += "`config.couplings = slicefine.couplings(model, config, batch)`."
         warnings.warn(
-            f"axis='coupled': {len(lonely)} of {len(found)} weights have no partner among the others, and train rows: {listed(lonely, SHOWN)}. "
-            "Random tokens or images do not reach every layer (a vision tower, say); a batch of yours may: "
-            "`config.couplings = slicefine.couplings(model, config, batch)`.",
+            f"axis='coupled': {len(lonely)} of {len(found)} weights have no partner among the others, and train rows: {listed(lonely, SHOWN)}."
+            + (hint if len(lonely) > 1 else ""),  # one is a pooler or a head, which has none
             SliceFineWarning,
             stacklevel=2,
         )

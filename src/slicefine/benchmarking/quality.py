@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -106,12 +107,13 @@ class _Plan:
     def comparison(self) -> Comparison:
         found = Comparison(settings=self._settings, tasks=self._tasks, variants={}, sources={})
         problems = []
+        fingerprint = functools.cache(model_fingerprint)  # tasks share a model, whose files are large
         for task in self._tasks:
             try:
                 found.sources[task.name], found.seen[task.name] = quality_examples.judging(task)
                 # Whether the model loads shows here, and not in every run.
                 prepared = prepare(task.recipe, self._settings.seed)
-                found.models[task.name] = model_fingerprint(task.recipe.model.name)
+                found.models[task.name] = fingerprint(task.recipe.model.name)
                 found.variants[task.name] = self._settings.variants(self._methods(prepared))
             except SliceFineError as error:
                 problems.append(f"Task {task.name}: {error}")

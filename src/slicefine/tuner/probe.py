@@ -20,18 +20,18 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from slicefine.errors import SliceFineError
 from slicefine.slicing import COLUMN, ROW, Layout
 from slicefine.tuner.base_layers import CONVOLUTIONS
 from slicefine.tuner.layer import SliceLayer
+from slicefine.tuner.undisturbed import undisturbed
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NUMBER = re.compile(r"\d+")
@@ -98,10 +98,8 @@ class Probe:
             for module in self._model.modules():
                 if isinstance(module, BATCH_NORMS):
                     stack.callback(module.register_forward_hook(self._lift).remove)
-            stack.enter_context(_evaluating(self._model))
-            stack.enter_context(_own_random_state(self._model))
+            stack.enter_context(undisturbed(self._model))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_NoWrites(self._model))
             try:
                 output = called(**batch)
             except SliceFineError:
@@ -426,40 +424,3 @@ def _reached(tensors: Iterable[Tensor], of_leaf: Mapping[int, str]) -> dict[str,
         seen.update(below)
         waiting += below
     return {name: None for name in of_leaf.values() if name in names}
-
-
-class _NoWrites(TorchDispatchMode):
-    """Within this context an operation that would write into a parameter of `model` raises `SliceFineError` instead (RWKV divides its weights to evaluate)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._names = {parameter.untyped_storage()._cdata: name for name, parameter in model.named_parameters()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and isinstance(value, Tensor) and (name := self._names.get(value.untyped_storage()._cdata)):
-                    raise SliceFineError(
-                        f"axis='coupled' finds partners by a forward pass, and that of this model writes into its weights ({name}, by {func}): it would not stay "
-                        "what it is. Use another axis, or take `couplings` from the configuration of an adapter of the same architecture."
-                    )
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context no module is in training mode: no dropout, no statistics."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _own_random_state(model: nn.Module) -> Any:
-    """Within this context random numbers leave no trace: some models draw them outside of training as well (ViT-MAE)."""
-    return torch.random.fork_rng({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

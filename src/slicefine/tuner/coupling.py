@@ -91,10 +91,8 @@ def _guessed_call(model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     inputs: dict[str, Any] = random_inputs(model)
     base = getattr(model, "base_model", model)
     called = base if {*inputs} <= {*inspect.signature(base.forward).parameters} else model
-    if (
-        "use_cache" in inspect.signature(called.forward).parameters
-    ):  # what is kept for the next token is written in place
-        inputs["use_cache"] = False
+    if "use_cache" in inspect.signature(called.forward).parameters:
+        inputs["use_cache"] = False  # what is kept for the next token is written in place
     return called, inputs
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from slicefine.benchmarking import quality, quality_report, quality_tables, quality_timing
 from slicefine.benchmarking.cells import Cells, Outcome
+from slicefine.benchmarking.methods import method
 from slicefine.benchmarking.quality import Comparison, compare, model_fingerprint
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.suite import load_suite
@@ -121,6 +122,16 @@ def test_ranks_that_are_named_stay_when_those_of_others_are_chosen(
     found = compared(settings(methods=asked, equal_parameters="SliceFine-1R"))
     names = [one.name for one in found.variants["words"]]
     assert sorted(names) == sorted(["SliceFine-1R", "LoRA-r4", "LoRA-r8", "LoRA-r1", "HRA-r6", "HRA-r2"])
+
+
+def test_every_grid_is_scaled_by_one_factor(settings: Callable[..., QualitySettings], made: list[str]) -> None:
+    given = settings(learning_rates=None, rate_scale=0.3)
+    assert given.rates(method("LoRA-r8")) == (1.5e-4, 3e-4, 6e-4, 1.2e-3)
+    assert given.rates(method("full")) == (9e-6, 3e-5, 9e-5, 3e-4)
+    compared(given)
+    assert (
+        sum("learning rate 0.00015," in words for words in made) == 4
+    )  # of each method one that chooses, one that is final
 
 
 def test_what_others_are_compared_with_stays_beside_the_one_of_equal_size(

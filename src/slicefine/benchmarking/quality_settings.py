@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ class QualitySettings:
     methods: tuple[str, ...] = TRAINED
     learning_rates: tuple[float, ...] | None = None
     """Grid of every method; None = a grid of four for each kind of method."""
+    rate_scale: float = 1.0
+    """Factor of every learning rate of the grids; below 1 for tasks that are not learned at usual rates."""
     seeds: int = 3
     """Final runs of every method on every task, with seeds from `seed` on."""
     seed: int = 0
@@ -73,6 +76,8 @@ class QualitySettings:
                 found.append(f"`--{name}` is at least {least}; got {value}.")
         if self.rounds < 0:
             found.append(f"`--rounds` is at least 0; got {self.rounds}.")
+        if not 0 < self.rate_scale < math.inf:
+            found.append(f"`--rate_scale` is above 0; got {self.rate_scale}.")
         if not 0 < self.held_out < 1:
             found.append(f"`--held_out` lies between 0 and 1, ends excluded; got {self.held_out}.")
         if self.grid_steps is not None and self.grid_steps > self.steps:
@@ -138,7 +143,8 @@ class QualitySettings:
 
     def rates(self, one: Method) -> tuple[float, ...]:
         """The learning rates that a method may choose from."""
-        return self.learning_rates or KINDS[one.kind].learning_rates
+        grid = self.learning_rates or KINDS[one.kind].learning_rates
+        return tuple(float(f"{rate * self.rate_scale:.6g}") for rate in grid)  # 0.0003, and not 0.00030000000000000003
 
     def at_once(self, *, gpu: bool) -> tuple[int, int]:
         """Processes, and threads of each."""

@@ -233,8 +233,15 @@ def attach(
         return _attached(method, adapted, heads, total=total, added=added)
     # AdaLoRA's model adds a term to the loss; without a task, PEFT calls the base model past it.
     inner: Any = adapted.base_model
+    _add_no_term_in_evaluations(inner)
     called = adapted if config.task_type else inner
     return _attached(method, called, heads, total=total, added=added, after_step=inner.update_and_allocate)
+
+
+def _add_no_term_in_evaluations(tuner: Any) -> None:
+    """Let AdaLoRA's model give the loss of the task alone where it is judged, as all others do."""
+    with_term = tuner.forward
+    tuner.forward = lambda *given, **more: (with_term if tuner.training else tuner.model)(*given, **more)
 
 
 def _lowest(turns: int, model: nn.Module, places: Mapping[str, Place]) -> list[int]:

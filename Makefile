@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready
 
 demo: $(READY)  ## fine-tune a real pretrained model offline and sum up
-	rm -rf runs/demo
+	grep -qs '"status": "interrupted"' runs/demo/run/record.json || rm -rf runs/demo  # an interrupted one is gone on with
 	$(VENV)/bin/slicefine demo --output runs/demo
 
 test: $(READY)  ## run the tests

@@ -15,13 +15,18 @@ HELP = "Fine-tune a real pretrained model on real text, offline, in a few minute
 
 def add(parser: ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("--output", type=str, default="runs/demo", help="Folder to make")
+    parser.add_argument(
+        "--output", type=str, default="runs/demo", help="Folder to make; an interrupted demo in it is gone on with"
+    )
 
 
 def run(given: Any) -> int:
     """Run the demo and print its summary; returns 0."""
+    import os
     from pathlib import Path
 
+    # Threads that wait for one another in a loop stand still where other work has a core; torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     require_train()
     quiet()
     from slicefine.demo.run import run_demo

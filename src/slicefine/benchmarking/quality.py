@@ -83,6 +83,7 @@ def compare(settings: QualitySettings, changed: Listener) -> Comparison:
     found = _Plan(settings, tasks).comparison()
     runs = _Runs(settings, found, changed)
     runs.refuse_unreadable()
+    runs.announce()
     try:
         if settings.rounds:
             _time(settings, found)
@@ -188,12 +189,23 @@ class _Runs:
                 problems.append(str(error))
         raise_all(problems, "slicefine bench quality")
 
+    def announce(self) -> None:
+        """Say how much there is to do, before any of it."""
+        settings, grid = self._settings, list(self.of_grid())
+        kept = sum(self._cells.path(cell, self._decisive(job)).is_file() for cell, job in grid)
+        timed = f"; before them {settings.rounds} timed rounds of each method on each task" if settings.rounds else ""
+        self.progress.say(
+            f"{len(grid)} runs of {settings.steps_of_grid:,} steps choose learning rates ({kept} are there already), "
+            f"{self._final_runs()} of {settings.steps:,} steps are final{timed}"
+        )
+
+    def _final_runs(self) -> int:
+        return sum(map(len, self._found.variants.values())) * self._settings.seeds
+
     def _planned_steps(self) -> int:
         """Of all runs."""
         settings = self._settings
-        every = [one for variants in self._found.variants.values() for one in variants]
-        grid = sum(len(settings.rates(one.method)) for one in every) * settings.steps_of_grid
-        return grid + len(every) * settings.seeds * settings.steps
+        return len(list(self.of_grid())) * settings.steps_of_grid + self._final_runs() * settings.steps
 
     def of_grid(self) -> Iterator[tuple[Cell, Job]]:
         """Every learning rate, the first seed."""
@@ -205,8 +217,7 @@ class _Runs:
     def of_final(self) -> Iterator[tuple[Cell, Job]]:
         """Every seed, at the learning rate chosen; seed by seed, so that what is there after Ctrl-C can be compared."""
         chosen = list(self._of_final())
-        every = sum(map(len, self._found.variants.values())) * self._settings.seeds
-        self.progress.leave_out((every - len(chosen)) * self._settings.steps)
+        self.progress.leave_out((self._final_runs() - len(chosen)) * self._settings.steps)
         yield from chosen
 
     def _of_final(self, *, every_rate: bool = False) -> Iterator[tuple[Cell, Job]]:

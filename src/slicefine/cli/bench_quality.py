@@ -144,16 +144,18 @@ def run(given: Any) -> int:
     from slicefine.benchmarking import quality_report
 
     report = quality_report.run(settings, shlex.join(["slicefine", *sys.argv[1:]]))
-    print(report.markdown())
+    if report.status == "finished":
+        print(report.markdown())
     print(f"{report.path} (and .json)", file=sys.stderr)
     write_page(report.path.with_suffix(".json"))
-    if report.status == "interrupted":
-        print(
-            f"Interrupted; finished runs are in {settings.cells}: the same command goes on with the others.",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    if report.status == "finished":
+        return 0
+    print(
+        f"Interrupted; what is finished is in {settings.cells}: the same command goes on with the rest. (Times of steps are measured anew "
+        "unless all were; `--rounds 0` leaves them out.)",
+        file=sys.stderr,
+    )
+    return 130
 
 
 def settings_of(given: Any) -> QualitySettings:

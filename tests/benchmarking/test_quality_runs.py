@@ -1,0 +1,154 @@
+"""Comparisons whose runs are made."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from classifiers import reviews, text_model, write_table
+
+from slicefine.benchmarking import quality, quality_report
+from slicefine.benchmarking.cells import Outcome
+from slicefine.benchmarking.processes import KILLED, in_processes
+from slicefine.benchmarking.quality_settings import TRAINED, QualitySettings
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    text_model(tmp_path / "model")
+    write_table(tmp_path / "sets/words/train.jsonl", reviews(range(40)))
+    write_table(tmp_path / "sets/words/test.jsonl", reviews(range(100, 110)))
+    return tmp_path / "sets"
+
+
+@pytest.fixture
+def settings(suite: Path) -> Callable[..., QualitySettings]:
+    def made(**changes: Any) -> QualitySettings:
+        usual = {
+            "suite": str(suite),
+            "learning_rates": (1e-3,),
+            "seeds": 1,
+            "steps": 8,
+            "evaluations": 2,
+            "rounds": 0,
+            "cells": str(suite.parent / "cells"),
+            "output": str(suite.parent / "out"),
+            "overrides": {"model.name": str(suite.parent / "model"), "data.max_length": 16},
+        }
+        return QualitySettings(**usual | changes)
+
+    return made
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Runs that are made; in this process, which spares the seconds in which another one imports everything."""
+    runs: list[Any] = []
+
+    def here(run: Any, jobs: Sequence[Any], **how: Any) -> Iterator[tuple[Any, Outcome]]:
+        for job in jobs:
+            runs.append(job)
+            yield job, run(job)
+
+    monkeypatch.setattr(quality, "in_processes", here)
+    return runs
+
+
+# -------------------------------------------------------------------- the runs
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of methods; processes ignore them too
+def test_every_method_begins_as_the_same_model_and_has_a_row(
+    settings: Callable[..., QualitySettings], made: list[Any]
+) -> None:
+    """At a rate of nothing the loss is that of the pretrained model with its new head, whatever the method."""
+    methods = [
+        name if name != "SHiRA" else "SHiRA-r4" for name in TRAINED
+    ]  # its usual rank takes more than a weight here has
+    given = settings(methods=tuple(methods), learning_rates=(1e-20,))
+    report = quality_report.run(given, "slicefine bench quality")
+    record = json.loads(report.path.with_suffix(".json").read_text())
+    final = {one["cell"]["method"]: one["outcome"] for one in record["raw"] if "cell" in one and one["cell"]["final"]}
+    assert set(final) == {one.name for one in given.known_methods} - {"prefix"}
+    losses = {name: outcome["loss"] for name, outcome in final.items()}
+    assert losses == pytest.approx(dict.fromkeys(losses, losses["full"]), abs=1e-6)
+    (scores,) = (table["rows"] for table in record["tables"] if table["title"] == "Scores")
+    (prefix,) = (row for row in scores if row["method"] == "prefix")
+    assert prefix["not measured"].startswith("prefix tuning needs a decoder")
+    before = len(made)
+    quality_report.run(given, "slicefine bench quality")
+    assert [job[0].method for job in made[before:]] == [
+        "prefix"
+    ]  # what could not be run is tried again, and nothing else
+
+
+def test_training_lowers_the_loss_and_each_final_run_is_on_the_board(
+    settings: Callable[..., QualitySettings], made: list[Any], tmp_path: Path
+) -> None:
+    given = settings(
+        methods=("full", "SliceFine-4R", "LoRA-r8"),
+        learning_rates=(1e-2,),
+        steps=24,
+        seeds=2,
+        board=str(tmp_path / "board"),
+    )
+    found = quality.compare(given, lambda changed: None)
+    quality_report.run(given, "slicefine bench quality")
+    for name in ("full", "SliceFine-4R", "LoRA-r8"):
+        first, second = found.of("words", name)
+        assert first.curve[-1]["loss"] < first.curve[0]["loss"] < 0.7
+        assert [entry["step"] for entry in first.curve] == [12, 24]
+        assert first.predicted != [] and first.labels == second.labels  # the examples that judge have one order
+        assert first.loss != second.loss
+    assert len(list((tmp_path / "board").rglob("*.json"))) == 6
+
+
+# ---------------------------------------------------------------- the processes
+
+
+def square(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number**2
+
+
+def test_a_process_that_is_killed_takes_no_other_run_with_it() -> None:
+    found = dict(in_processes(square, range(5), processes=2, threads=1, wanted=lambda number: number != 4))
+    assert found == {0: 0, 1: 1, 2: 4, 3: KILLED}
+
+
+def test_closing_ends_the_processes() -> None:
+    made = in_processes(square, [1, 2], processes=1, threads=1)
+    assert next(made) == (1, 1)
+    made.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_ctrl_c_leaves_finished_runs_and_nothing_else(suite: Path, tmp_path: Path) -> None:
+    command = f"""bench quality --suite {suite} --model.name {tmp_path}/model --data.max_length 16 --methods LoRA-r8 --learning_rates 1e-3
+        --steps 4000 --grid_steps 8 --seeds 1 --rounds 0 --processes 1 --cells {tmp_path}/cells --output {tmp_path}/out"""
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "slicefine.cli.main", *command.split()], stdout=log, stderr=log
+        )
+        deadline = time.monotonic() + 120
+        while "seed 0, 8 steps: loss" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text().splitlines()
+    assert said[0] == "1 runs of 8 steps choose learning rates (0 are there already), 1 of 4,000 steps are final"
+    assert said[-1].startswith(
+        f"Interrupted; what is finished is in {tmp_path}/cells: the same command goes on with the rest."
+    )
+    assert len(said) == 5, said  # also the run that was made, and where the results and their page are
+    assert len(list((tmp_path / "cells").iterdir())) == 1

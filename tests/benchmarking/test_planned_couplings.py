@@ -217,7 +217,7 @@ def test_a_model_where_nothing_couples_is_refused_as_in_a_run() -> None:
 
 
 def test_a_rank_above_the_features_is_refused_as_in_a_run() -> None:
-    with pytest.raises(SliceFineError, match="r=17 is more than its 16 hidden features"):
+    with pytest.raises(SliceFineError, match="r=17 is more than the 16 hidden features"):
         plan(recipe(slice__axis="coupled", slice__r=17), llama())
 
 

@@ -17,7 +17,7 @@ import torch
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
-from slicefine.errors import SliceFineError, did_you_mean, listed
+from slicefine.errors import SliceFineError, by_text, did_you_mean, listed
 from slicefine.slicing import COUPLED, SLICE_AXES, Layout
 from slicefine.tuner.base_layers import CONVOLUTIONS, LINEAR_LAYERS, Place
 from slicefine.tuner.config import SliceFineConfig
@@ -144,7 +144,7 @@ def problems(config: SliceFineConfig, places: Mapping[str, Place]) -> list[str]:
             f"axis='coupled': none of the {len(places)} targets ({listed(places)}) writes what another one reads, feature by feature. Add the layers on the other "
             "side (v_proj with o_proj, up_proj with down_proj), or use another axis."
         ]
-    found = []
+    found, narrow = [], {}
     for name, text in config.couplings.items():
         layout = Layout.parse(text)
         if name not in places:
@@ -158,7 +158,7 @@ def problems(config: SliceFineConfig, places: Mapping[str, Place]) -> list[str]:
                 "They are of another model: leave them out, and they are found again."
             )
         elif config.r > layout.features:
-            found.append(
-                f"{name}: r={config.r} is more than its {layout.features} hidden features. Lower `r`, or leave the layer out."
+            narrow[name] = (
+                f"r={config.r} is more than the {layout.features} hidden features. Lower `r`, or leave the layer out."
             )
-    return found
+    return found + by_text(narrow)

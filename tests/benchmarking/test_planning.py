@@ -125,6 +125,7 @@ def test_a_run_of_unknown_length_is_planned_for_all_it_can_train() -> None:
     assert endless.coverage == 1
     assert unknown.costs[0].artifact == endless.costs[0].artifact
     assert "artifact at most" in text(unknown)
+    assert "At most: as if every weight had been trained by the end." in text(unknown)
 
 
 def test_heads_are_the_same_for_all_methods() -> None:

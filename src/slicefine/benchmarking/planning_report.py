@@ -13,6 +13,7 @@ FORMAT = 1
 """Of the dictionary; raised when a key changes its meaning."""
 
 NOT_COUNTED = "not counted"
+AT_MOST = "At most: as if every weight had been trained by the end. The length of the run makes it exact: --examples or --training.max_steps."
 NOTE = "Counted for the longest batch; what is assumed, and what is not counted: docs/planning.md."
 
 
@@ -78,7 +79,8 @@ def _change(change: Change) -> dict[str, Any]:
 
 def text(plan: Plan) -> str:
     """The plan in tables and sentences."""
-    return "\n".join([*_head(plan), "", *_table(plan), "", *_verdict(plan), *plan.notes, NOTE])
+    bounded = [] if plan.steps is not None else [AT_MOST]
+    return "\n".join([*_head(plan), "", *_table(plan), "", *bounded, *_verdict(plan), *plan.notes, NOTE])
 
 
 def _head(plan: Plan) -> list[str]:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from slicefine.benchmarking import quality, quality_report, quality_tables, quality_timing
 from slicefine.benchmarking.cells import Cells, Outcome
-from slicefine.benchmarking.methods import method
 from slicefine.benchmarking.quality import Comparison, compare, model_fingerprint
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.suite import load_suite
@@ -124,14 +123,19 @@ def test_ranks_that_are_named_stay_when_those_of_others_are_chosen(
     assert sorted(names) == sorted(["SliceFine-1R", "LoRA-r4", "LoRA-r8", "LoRA-r1", "HRA-r6", "HRA-r2"])
 
 
-def test_every_grid_is_scaled_by_one_factor(settings: Callable[..., QualitySettings], made: list[str]) -> None:
-    given = settings(learning_rates=None, rate_scale=0.3)
-    assert given.rates(method("LoRA-r8")) == (1.5e-4, 3e-4, 6e-4, 1.2e-3)
-    assert given.rates(method("full")) == (9e-6, 3e-5, 9e-5, 3e-4)
-    compared(given)
-    assert (
-        sum("learning rate 0.00015," in words for words in made) == 4
-    )  # of each method one that chooses, one that is final
+def test_a_task_may_have_a_length_and_lower_rates_of_its_own(
+    settings: Callable[..., QualitySettings], made: list[str], tmp_path: Path
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    of = f"recipe: minilm-text-classification, data.train: {tmp_path}/sets/words/train.jsonl, test: {tmp_path}/sets/words/test.jsonl"
+    suite.write_text(f"tasks: {{usual: {{{of}}}, hard: {{{of}, steps: 20, rate_scale: 0.3}}}}")
+    found = compared(settings(suite=str(suite), methods=("LoRA-r8",), learning_rates=(1e-3, 2e-3)))
+    assert [(cell.task, cell.steps, cell.learning_rate) for cell in found.grid] == [
+        ("usual", 4, 1e-3), ("usual", 4, 2e-3), ("hard", 10, 3e-4), ("hard", 10, 6e-4),
+    ]  # fmt: skip
+    assert [(cell.task, cell.steps) for cell in found.final] == [("usual", 8), ("hard", 20)]
+    (rows,) = (table.rows for table in quality_tables.tables(found) if table.title == "The examples")
+    assert [(row["steps"], row["steps to choose a rate"]) for row in rows] == [(8, 4), (20, 10)]
 
 
 def test_what_others_are_compared_with_stays_beside_the_one_of_equal_size(

@@ -34,7 +34,9 @@ def cell(task, name, seed, *, rate=1e-3, final=True):
 @pytest.fixture
 def found():
     tasks = [
-        SimpleNamespace(name=name, recipe=SimpleNamespace(task="text-classification", data=SimpleNamespace(name=None)))
+        SimpleNamespace(
+            name=name, steps=None, recipe=SimpleNamespace(task="text-classification", data=SimpleNamespace(name=None))
+        )
         for name in ("one", "two")
     ]
     settings = QualitySettings(suite="suite", methods=(OURS, LORA, BROKEN), seeds=2, steps=100)

@@ -80,6 +80,14 @@ def test_every_problem_of_every_task_at_once(tmp_path):
         ("task: {}\n", "a suite has the one key `tasks`; got task."),
         ("tasks: {a: 3}\n", "Task a: its settings are a mapping"),
         ("tasks: {a: {recipe: minilm-trek}}\n", "There is no recipe 'minilm-trek'. Did you mean 'minilm-trec'?"),
+        (
+            "tasks: {a: {recipe: minilm-trec, steps: 7}}\n",
+            "Task a: `steps` is a whole number, at least 8; got 7.",
+        ),
+        (
+            "tasks: {a: {recipe: minilm-trec, rate_scale: no}}\n",
+            "Task a: `rate_scale` is a number above 0; got False.",
+        ),
         ("tasks: {a: {recipe: minilm-trec, slice.r: 3}}\n", "`slice.r` is decided by the benchmark"),
         (
             "tasks: {a: {recipe: minilm-trec, training.learning_rate: 1.0e-3}}\n",

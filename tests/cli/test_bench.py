@@ -77,7 +77,6 @@ def test_ctrl_c_is_130_and_keeps_what_is_measured(
         (["speed", "--values", "1", "two", "--sweep", "r"], "`--values` takes whole numbers; got two."),
         (["quality", "--learning_rates", "1e-3", "abc"], "`--learning_rates` takes finite numbers; got abc."),
         (["quality", "--learning_rates", "nan"], "`--learning_rates` takes finite numbers; got nan."),
-        (["quality", "--suite", "sets", "--rate_scale", "0"], "`--rate_scale` is above 0; got 0.0."),
         (["quality", "--held_out", "x"], "`--held_out` takes finite numbers; got x."),
         (["quality", "--seeds", "1.5"], "`--seeds` takes whole numbers; got 1.5."),
         (["quality", "--model.dtype", "half"], "`model.dtype` is one of auto, float32, bfloat16, float16; got half."),

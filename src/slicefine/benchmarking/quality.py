@@ -195,8 +195,8 @@ class _Runs:
         kept = sum(self._cells.path(cell, self._decisive(job)).is_file() for cell, job in grid)
         timed = f"; before them {settings.rounds} timed rounds of each method on each task" if settings.rounds else ""
         self.progress.say(
-            f"{len(grid)} runs of {settings.steps_of_grid:,} steps choose learning rates ({kept} are there already), "
-            f"{self._final_runs()} of {settings.steps:,} steps are final{timed}"
+            f"{len(grid)} runs choose learning rates ({kept} are there already), {self._final_runs()} are final; "
+            f"{self._planned_steps():,} steps in all{timed}"
         )
 
     def _final_runs(self) -> int:
@@ -204,20 +204,23 @@ class _Runs:
 
     def _planned_steps(self) -> int:
         """Of all runs."""
-        settings = self._settings
-        return len(list(self.of_grid())) * settings.steps_of_grid + self._final_runs() * settings.steps
+        return sum(cell.steps for cell, _ in self.of_grid()) + self._final_steps()
+
+    def _final_steps(self) -> int:
+        settings, variants = self._settings, self._found.variants
+        return sum(settings.seeds * settings.steps_of(task) * len(variants[task.name]) for task in self._found.tasks)
 
     def of_grid(self) -> Iterator[tuple[Cell, Job]]:
         """Every learning rate, the first seed."""
         for task in self._found.tasks:
             for variant in self._found.variants[task.name]:
-                for rate in self._settings.rates(variant.method):
+                for rate in self._settings.rates(variant.method, task):
                     yield self._run(task, variant, rate, self._settings.seed, final=False)
 
     def of_final(self) -> Iterator[tuple[Cell, Job]]:
         """Every seed, at the learning rate chosen; seed by seed, so that what is there after Ctrl-C can be compared."""
         chosen = list(self._of_final())
-        self.progress.leave_out((self._final_runs() - len(chosen)) * self._settings.steps)
+        self.progress.leave_out(self._final_steps() - sum(cell.steps for cell, _ in chosen))
         yield from chosen
 
     def _of_final(self, *, every_rate: bool = False) -> Iterator[tuple[Cell, Job]]:
@@ -225,19 +228,20 @@ class _Runs:
             for task in self._found.tasks:
                 for variant in self._found.variants[task.name]:
                     rate = self._found.rates.get((task.name, variant.name))
-                    for one in self._settings.rates(variant.method):
+                    for one in self._settings.rates(variant.method, task):
                         if every_rate or one == rate:
                             yield self._run(task, variant, one, seed, final=True)
 
     def _run(self, task: QualityTask, variant: Variant, rate: float, seed: int, *, final: bool) -> tuple[Cell, Job]:
-        steps = self._settings.steps if final else self._settings.steps_of_grid
+        final_steps = self._settings.steps_of(task)
+        steps = final_steps if final else self._settings.steps_of_grid(task)
         job = Job(
             task=task,
             variant=variant,
             learning_rate=rate,
             seed=seed,
             steps=steps,
-            final_steps=self._settings.steps,
+            final_steps=final_steps,
             evaluations=self._settings.evaluations if final else 1,
             final=final,
         )

@@ -19,10 +19,10 @@ from slicefine.benchmarking.quality_tables import Tasks, averages, tables
 from slicefine.benchmarking.results import Report
 
 INTRO = """\
-Pretrained models are tuned to each task for {steps} optimizer steps{bf16}, by the trainer and the settings of the task's recipe: AdamW, weight decay 0, cosine schedule with \
+Pretrained models are tuned to each task for {steps}{bf16}, by the trainer and the settings of the task's recipe: AdamW, weight decay 0, cosine schedule with \
 warm-up, gradients clipped to 1, the model's own dropout. All methods train the same matrices (every linear layer but the head), and the new head in full, from the same initial \
-values, on the same batches. Each has a grid of learning rates of its own, all of one size{sizes}, and takes the one with the lowest loss on examples that choose, after a run of \
-{grid_steps} steps with the first seed. Final runs have seeds {first} to {last}; the examples that judge were scored once in each, after the last step, and decided nothing. \
+values, on the same batches. Each has a grid of learning rates of its own, all of one size{sizes}, and takes the one with the lowest loss on examples that choose, after a shorter run \
+with the first seed. Final runs have seeds {first} to {last}; the examples that judge were scored once in each, after the last step, and decided nothing. \
 SliceFine moves as its name says, by default after each eighth of the run. Active: parameters trained at a step; touched: by the end; neither counts the head."""
 SECONDS_BETWEEN_DRAWINGS = 60.0
 
@@ -37,7 +37,7 @@ def run(settings: QualitySettings, command: str) -> Report:
         print(charts.MISSING, file=sys.stderr)
     report = Report(
         theme="quality",
-        intro=_intro(settings),
+        intro="",
         folder=Path(settings.output),
         command=command,
         settings=_resolved(settings),
@@ -62,7 +62,7 @@ def run(settings: QualitySettings, command: str) -> Report:
 
 def fill(report: Report, found: Comparison) -> None:
     """Put into `report` what was found."""
-    report.tables = tables(found)
+    report.intro, report.tables = _intro(found), tables(found)
     report.raw = [
         {"cell": dataclasses.asdict(cell), "outcome": _short(dataclasses.asdict(outcome))}
         for cell, outcome in (found.grid | found.final).items()
@@ -79,13 +79,20 @@ def _short(outcome: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in outcome.items() if key not in ("predicted", "labels")}
 
 
-def _intro(settings: QualitySettings) -> str:
-    sizes = {len(settings.rates(one.method)) for one in settings.variants(settings.known_methods)}
+def _intro(found: Comparison) -> str:
+    settings = found.settings
+    sizes = {len(settings.rates(one.method, task)) for task in found.tasks for one in found.variants[task.name]}
+    lengths: dict[int, list[str]] = {}
+    for task in found.tasks:
+        lengths.setdefault(settings.steps_of(task), []).append(task.name)
+    steps = [
+        f"{length:,} optimizer steps" + (f" ({', '.join(names)})" if len(lengths) > 1 else "")
+        for length, names in lengths.items()
+    ]
     return INTRO.format(
-        steps=settings.steps,
+        steps=" or ".join(steps),
         bf16=" in bfloat16 (autocast)" if settings.overrides.get("training.bf16") else "",
         sizes=f", {sizes.pop()}" if len(sizes) == 1 else "",
-        grid_steps=settings.steps_of_grid,
         first=settings.seed,
         last=settings.seed + settings.seeds - 1,
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slicefine.benchmarking.methods import FROZEN, KINDS, METHODS, Method, method
-from slicefine.benchmarking.suite import settable
+from slicefine.benchmarking.suite import LEAST_STEPS, QualityTask, settable
 from slicefine.benchmarking.variants import Variant, problems, unused, variants
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
 from slicefine.training.folder import refuse_unwritable
@@ -28,14 +27,12 @@ class QualitySettings:
     methods: tuple[str, ...] = TRAINED
     learning_rates: tuple[float, ...] | None = None
     """Grid of every method; None = a grid of four for each kind of method."""
-    rate_scale: float = 1.0
-    """Factor of every learning rate of the grids; below 1 for tasks that are not learned at usual rates."""
     seeds: int = 3
     """Final runs of every method on every task, with seeds from `seed` on."""
     seed: int = 0
     """The first seed, with which learning rates are chosen."""
     steps: int = 500
-    """Optimizer steps of a final run."""
+    """Optimizer steps of a final run, of tasks that do not say it themselves."""
     grid_steps: int | None = None
     """Optimizer steps of a run that chooses a learning rate; None = half of `steps`."""
     evaluations: int = 8
@@ -65,7 +62,7 @@ class QualitySettings:
         found = []
         for name, least in (
             ("seeds", 1),
-            ("steps", 8),
+            ("steps", LEAST_STEPS),
             ("grid_steps", 1),
             ("evaluations", 1),
             ("processes", 1),
@@ -76,8 +73,6 @@ class QualitySettings:
                 found.append(f"`--{name}` is at least {least}; got {value}.")
         if self.rounds < 0:
             found.append(f"`--rounds` is at least 0; got {self.rounds}.")
-        if not 0 < self.rate_scale < math.inf:
-            found.append(f"`--rate_scale` is above 0; got {self.rate_scale}.")
         if not 0 < self.held_out < 1:
             found.append(f"`--held_out` lies between 0 and 1, ends excluded; got {self.held_out}.")
         if self.grid_steps is not None and self.grid_steps > self.steps:
@@ -132,19 +127,23 @@ class QualitySettings:
         """The methods, at the ranks of their names."""
         return [method(name) for name in self.methods]
 
-    @property
-    def steps_of_grid(self) -> int:
-        """Steps of a run that chooses."""
-        return self.grid_steps or max(1, self.steps // 2)
+    def steps_of(self, task: QualityTask) -> int:
+        """Optimizer steps of a final run on `task`."""
+        return task.steps or self.steps
+
+    def steps_of_grid(self, task: QualityTask) -> int:
+        """Steps of a run that chooses: half of a final run, or as large a share of it as `grid_steps` is of `steps`."""
+        steps = self.steps_of(task)
+        return max(1, steps // 2 if self.grid_steps is None else round(steps * self.grid_steps / self.steps))
 
     def variants(self, methods: Sequence[Method]) -> list[Variant]:
         """`methods` with every combination of the ablations' values."""
         return variants(methods, dict(self.ablations))
 
-    def rates(self, one: Method) -> tuple[float, ...]:
-        """The learning rates that a method may choose from."""
+    def rates(self, one: Method, task: QualityTask) -> tuple[float, ...]:
+        """The learning rates that a method may choose from on `task`."""
         grid = self.learning_rates or KINDS[one.kind].learning_rates
-        return tuple(float(f"{rate * self.rate_scale:.6g}") for rate in grid)  # 0.0003, and not 0.00030000000000000003
+        return tuple(float(f"{rate * task.rate_scale:.6g}") for rate in grid)  # 0.0003, and not 0.00030000000000000003
 
     def at_once(self, *, gpu: bool) -> tuple[int, int]:
         """Processes, and threads of each."""

@@ -288,7 +288,7 @@ def _of_task(tasks: Tasks, task: QualityTask) -> Table:
         losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
         row["test loss"] = statistics.fmean(losses) if losses else None
         row["ms a step"] = 1000 * seconds if seconds else None
-        row["minutes of training"] = seconds * found.settings.steps / 60 if seconds else None
+        row["minutes of training"] = seconds * found.settings.steps_of(task) / 60 if seconds else None
         peaks = [outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None]
         row["peak MiB"] = max(peaks) / 2**20 if peaks else None
         diverged = sum(outcome.diverged is not None for outcome in outcomes)
@@ -315,6 +315,8 @@ def _sets(found: Comparison) -> Table:
             {
                 "task": task.name,
                 "kind": task.recipe.task,
+                "steps": found.settings.steps_of(task),
+                "steps to choose a rate": found.settings.steps_of_grid(task),
                 "trained on": _count(choose, "train"),
                 "choose": _count(choose, "validation"),
                 "judge": _count(judge, "validation"),
@@ -345,7 +347,7 @@ def _grid(tasks: Tasks) -> Table:
         if cell.task == task.name
     ]
     note = "One run each with the first seed, judged by the examples that choose; the lowest loss is chosen."
-    return Table(title=f"The grid, {tasks.found.settings.steps_of_grid} steps", rows=rows, note=note)
+    return Table(title="The grid", rows=rows, note=note)
 
 
 def _every(tasks: Tasks) -> Table:

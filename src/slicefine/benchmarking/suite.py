@@ -7,6 +7,7 @@ YAML file names tasks, each with a recipe, and may change any of its settings. R
 from __future__ import annotations
 
 import json
+import math
 import mimetypes
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ DECIDED = frozenset(
     | {f"training.{name}" for name in ("eval_steps", "save_steps", "save_total_limit", "logging_steps")}
 )
 """Settings of a recipe that the benchmark or the suite decides, beside those of the slice."""
-_KEYS = ("recipe", TEST)
+LEAST_STEPS = 8
+"""Of a final run."""
+_KEYS = ("recipe", TEST, "steps", "rate_scale")
 SPLITS = (TRAIN, VALIDATION, TEST)
 MEDIA = ("image", "video")
 
@@ -45,6 +48,10 @@ class QualityTask:
     name: str
     recipe: Recipe
     """Resolved. `data.train` is trained on; `data.validation`, a part of it or a split of its own, chooses."""
+    steps: int | None = None
+    """Optimizer steps of a final run; None = as many as on the others."""
+    rate_scale: float = 1.0
+    """Factor of every learning rate of the grids; below 1 for a task that is not learned at usual rates."""
     test: str
     """What `data.validation` would be to read the examples that judge: a file, a folder, or a split of the hub."""
 
@@ -94,6 +101,7 @@ def _task(
     if isinstance(content, SliceFineError):
         raise content
     test = content.pop(TEST, None)
+    own = {key: content.pop(key) for key in ("steps", "rate_scale") if key in content}
     recipe = Recipe.of(content | {"output": "."}, overrides, f"Task {name}").resolved()
     validation = recipe.data.validation
     if content.get("data.validation") is None and isinstance(validation, float):
@@ -112,7 +120,7 @@ def _task(
             f"Task {name}: `test` and `data.validation` are the same, {test}. What judges may not choose."
         )
     values = recipe.flat() | {"data.validation": held_out if validation is None else validation}
-    return QualityTask(name=name, recipe=Recipe.from_flat(values), test=test)
+    return QualityTask(name=name, recipe=Recipe.from_flat(values), test=test, **own)
 
 
 # ---------------------------------------------------------------- folders
@@ -233,6 +241,11 @@ def _of_settings(path: Path, name: str, given: Any) -> dict[str, Any]:
             problems.append(f"Task {name}: `{key}` is decided by the benchmark, for every method alike. Leave it out.")
         else:
             own[key] = value
+    steps, scale = own.get("steps", LEAST_STEPS), own.get("rate_scale", 1.0)
+    if type(steps) is not int or steps < LEAST_STEPS:
+        problems.append(f"Task {name}: `steps` is a whole number, at least {LEAST_STEPS}; got {steps!r}.")
+    if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        problems.append(f"Task {name}: `rate_scale` is a number above 0; got {scale!r}.")
     raise_all(problems, "Settings")
     recipe = own.pop("recipe", None)
     content = _flat(_recipe(path, str(recipe))) if recipe is not None else {}

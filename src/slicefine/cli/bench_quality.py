@@ -47,16 +47,15 @@ def parser() -> ArgumentParser:
         metavar="RATE",
         help="Grid of every method; null = four for each kind of method, by what is usual for it",
     )
-    made.add_argument(
-        "--rate_scale",
-        type=float,
-        default=1.0,
-        metavar="FACTOR",
-        help="Factor of every learning rate of the grids: 0.25 where a task is not learned at usual rates",
-    )
     made.add_argument("--seeds", type=int, default=3, metavar="N", help="Final runs of each method on each task")
     made.add_argument("--seed", type=int, default=0, help="The first seed, with which learning rates are chosen")
-    made.add_argument("--steps", type=int, default=500, metavar="N", help="Optimizer steps of a final run")
+    made.add_argument(
+        "--steps",
+        type=int,
+        default=500,
+        metavar="N",
+        help="Optimizer steps of a final run, where the suite does not say it",
+    )
     made.add_argument(
         "--grid_steps", type=int, metavar="N", help="Optimizer steps of a run that chooses; null = half of --steps"
     )

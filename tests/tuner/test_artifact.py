@@ -221,6 +221,15 @@ def test_a_live_adapter_on_a_base_without_values(tmp_path):
     assert active_slices(model).keys() == {"lin0", "lin1"}
 
 
+def test_saving_from_a_model_without_values_is_refused_in_words(tmp_path):
+    model = get_peft_model(mlp().to("meta"), SliceFineConfig(r=4, slide_every=3, target_modules=["lin0", "lin1"]))
+    with pytest.raises(
+        SliceFineError, match=r"saved from the values of its weights; .*lin0, .*lin1 are on the meta device"
+    ):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999])
 def test_a_truncated_file(tmp_path, keep):
     base, _, _ = saved(tmp_path)

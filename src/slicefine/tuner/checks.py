@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from slicefine.errors import SliceFineError, by_text, raise_all
+from slicefine.errors import SliceFineError, by_text, listed, raise_all
 from slicefine.slicing import SLICE_AXES, Region
 from slicefine.tuner import targets
 from slicefine.tuner.base_layers import Place, present_values, same_values
@@ -61,7 +61,12 @@ def base_problems(found: dict[str, Place], config: SliceFineConfig) -> list[str]
 
 
 def check_state_dict(layers: dict[str, SliceLayer], adapter: str, state_dict: dict[str, Tensor]) -> None:
-    """Raise if what is to be saved is not what the layers hold: `save_pretrained(state_dict=...)` with an average, say."""
+    """Raise if there is nothing to be saved, on the meta device, or not what the layers hold: `save_pretrained(state_dict=...)` with an average, say."""
+    empty = [name for name, layer in layers.items() if layer.is_meta]
+    if empty:
+        raise SliceFineError(
+            f"An adapter is saved from the values of its weights; {listed(empty)} are on the meta device and have none. Load the base model first."
+        )
     for name, layer in layers.items():
         given, held = state_dict.get(f"{name}.slicefine_weight.{adapter}"), layer.slicefine_weight[adapter]
         if given is not None and not same_values(given.to(held), held):

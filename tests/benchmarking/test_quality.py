@@ -110,6 +110,16 @@ def test_the_fingerprint_of_a_model_is_of_what_is_loaded(tmp_path: Path, monkeyp
     assert model_fingerprint("owner/name") == "1" * 40
 
 
+def test_a_run_that_chooses_is_no_longer_than_a_final_one(
+    settings: Callable[..., QualitySettings], tmp_path: Path
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    sets = f"data.train: {tmp_path}/sets/words/train.jsonl, test: {tmp_path}/sets/words/test.jsonl"
+    suite.write_text(f"tasks: {{words: {{recipe: minilm-text-classification, {sets}, grid_steps: 9}}}}")
+    with pytest.raises(SliceFineError, match="Task words: `grid_steps` is at most the steps of a final run, 8; got 9"):
+        compared(settings(suite=str(suite)))
+
+
 # -------------------------------------------------------------------- the methods
 
 
@@ -128,14 +138,14 @@ def test_a_task_may_have_a_length_and_lower_rates_of_its_own(
 ) -> None:
     suite = tmp_path / "suite.yaml"
     of = f"recipe: minilm-text-classification, data.train: {tmp_path}/sets/words/train.jsonl, test: {tmp_path}/sets/words/test.jsonl"
-    suite.write_text(f"tasks: {{usual: {{{of}}}, hard: {{{of}, steps: 20, rate_scale: 0.3}}}}")
+    suite.write_text(f"tasks: {{usual: {{{of}}}, hard: {{{of}, steps: 20, grid_steps: 15, rate_scale: 0.3}}}}")
     found = compared(settings(suite=str(suite), methods=("LoRA-r8",), learning_rates=(1e-3, 2e-3)))
     assert [(cell.task, cell.steps, cell.learning_rate) for cell in found.grid] == [
-        ("usual", 4, 1e-3), ("usual", 4, 2e-3), ("hard", 10, 3e-4), ("hard", 10, 6e-4),
+        ("usual", 4, 1e-3), ("usual", 4, 2e-3), ("hard", 15, 3e-4), ("hard", 15, 6e-4),
     ]  # fmt: skip
     assert [(cell.task, cell.steps) for cell in found.final] == [("usual", 8), ("hard", 20)]
     (rows,) = (table.rows for table in quality_tables.tables(found) if table.title == "The examples")
-    assert [(row["steps"], row["steps to choose a rate"]) for row in rows] == [(8, 4), (20, 10)]
+    assert [(row["steps"], row["steps to choose a rate"]) for row in rows] == [(8, 4), (20, 15)]
 
 
 def test_what_others_are_compared_with_stays_beside_the_one_of_equal_size(

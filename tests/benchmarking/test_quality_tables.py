@@ -35,7 +35,10 @@ def cell(task, name, seed, *, rate=1e-3, final=True):
 def found():
     tasks = [
         SimpleNamespace(
-            name=name, steps=None, recipe=SimpleNamespace(task="text-classification", data=SimpleNamespace(name=None))
+            name=name,
+            steps=None,
+            grid_steps=None,
+            recipe=SimpleNamespace(task="text-classification", data=SimpleNamespace(name=None)),
         )
         for name in ("one", "two")
     ]

@@ -85,6 +85,10 @@ def test_every_problem_of_every_task_at_once(tmp_path):
             "Task a: `steps` is a whole number, at least 8; got 7.",
         ),
         (
+            "tasks: {a: {recipe: minilm-trec, grid_steps: half}}\n",
+            "Task a: `grid_steps` is a whole number, at least 1; got 'half'.",
+        ),
+        (
             "tasks: {a: {recipe: minilm-trec, rate_scale: no}}\n",
             "Task a: `rate_scale` is a number above 0; got False.",
         ),

@@ -110,6 +110,11 @@ class _Plan:
         problems = []
         fingerprint = functools.cache(model_fingerprint)  # tasks share a model, whose files are large
         for task in self._tasks:
+            final, grid = self._settings.steps_of(task), self._settings.steps_of_grid(task)
+            if grid > final:
+                problems.append(
+                    f"Task {task.name}: `grid_steps` is at most the steps of a final run, {final}; got {grid}."
+                )
             try:
                 found.sources[task.name], found.seen[task.name] = quality_examples.judging(task)
                 # Whether the model loads shows here, and not in every run.

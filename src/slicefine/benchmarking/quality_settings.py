@@ -133,6 +133,8 @@ class QualitySettings:
 
     def steps_of_grid(self, task: QualityTask) -> int:
         """Steps of a run that chooses: half of a final run, or as large a share of it as `grid_steps` is of `steps`."""
+        if task.grid_steps is not None:
+            return task.grid_steps
         steps = self.steps_of(task)
         return max(1, steps // 2 if self.grid_steps is None else round(steps * self.grid_steps / self.steps))
 

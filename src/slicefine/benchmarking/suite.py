@@ -36,7 +36,9 @@ DECIDED = frozenset(
 """Settings of a recipe that the benchmark or the suite decides, beside those of the slice."""
 LEAST_STEPS = 8
 """Of a final run."""
-_KEYS = ("recipe", TEST, "steps", "rate_scale")
+OWN = ("steps", "grid_steps", "rate_scale")
+"""Settings of the comparison that a task may have of its own."""
+_KEYS = ("recipe", TEST, *OWN)
 SPLITS = (TRAIN, VALIDATION, TEST)
 MEDIA = ("image", "video")
 
@@ -50,6 +52,8 @@ class QualityTask:
     """Resolved. `data.train` is trained on; `data.validation`, a part of it or a split of its own, chooses."""
     steps: int | None = None
     """Optimizer steps of a final run; None = as many as on the others."""
+    grid_steps: int | None = None
+    """Optimizer steps of a run that chooses a learning rate; None = as large a share of a final run as on the others."""
     rate_scale: float = 1.0
     """Factor of every learning rate of the grids; below 1 for a task that is not learned at usual rates."""
     test: str
@@ -101,7 +105,7 @@ def _task(
     if isinstance(content, SliceFineError):
         raise content
     test = content.pop(TEST, None)
-    own = {key: content.pop(key) for key in ("steps", "rate_scale") if key in content}
+    own = {key: content.pop(key) for key in OWN if key in content}
     recipe = Recipe.of(content | {"output": "."}, overrides, f"Task {name}").resolved()
     validation = recipe.data.validation
     if content.get("data.validation") is None and isinstance(validation, float):
@@ -244,6 +248,8 @@ def _of_settings(path: Path, name: str, given: Any) -> dict[str, Any]:
     steps, scale = own.get("steps", LEAST_STEPS), own.get("rate_scale", 1.0)
     if type(steps) is not int or steps < LEAST_STEPS:
         problems.append(f"Task {name}: `steps` is a whole number, at least {LEAST_STEPS}; got {steps!r}.")
+    elif "grid_steps" in own and (type(own["grid_steps"]) is not int or own["grid_steps"] < 1):
+        problems.append(f"Task {name}: `grid_steps` is a whole number, at least 1; got {own['grid_steps']!r}.")
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         problems.append(f"Task {name}: `rate_scale` is a number above 0; got {scale!r}.")
     raise_all(problems, "Settings")

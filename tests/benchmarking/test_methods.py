@@ -15,6 +15,7 @@ from slicefine.benchmarking.attaching import (
     adapter_size,
     attach,
     equal_in_size,
+    find_norms,
     find_places,
     why_not,
 )
@@ -187,6 +188,20 @@ def test_adalora_is_trained_with_its_own_term_and_its_budget() -> None:
         values = [p for key, p in adapted.model.named_parameters() if "lora_E" in key]
         zeros = sum(int((value == 0).sum()) for value in values)
         assert zeros == len(values) * 4  # of 12 ranks 8 are left on average
+
+
+@pytest.mark.parametrize("model", ["llama-3.2-3b-small", "roberta-base-small", "vit-base-small"])
+def test_normalisations_are_trained_beside_the_slices_and_counted(model: str) -> None:
+    base = build(tiny(model))
+    vectors = [p for name in find_norms(base) for p in base.get_submodule(name).parameters()]
+    assert {p.dim() for p in vectors} == {1}
+    plain, more = attached("SliceFine-2R", model), attached("SliceFine-2R", model, norms=True)
+    assert more.counts.active - plain.counts.active == sum(p.numel() for p in vectors) > 0
+    assert (more.counts.head, more.counts.added) == (plain.counts.head, 0)
+    before = {key: p.detach().clone() for key, p in more.model.named_parameters() if "orm" in key and p.requires_grad}
+    step(more, model)
+    assert len(before) == len(vectors)
+    assert not any(torch.equal(p, before[key]) for key, p in more.model.named_parameters() if key in before)
 
 
 def test_a_move_is_made_where_it_is_asked_for() -> None:

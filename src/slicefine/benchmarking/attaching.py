@@ -91,6 +91,15 @@ def find_places(model: nn.Module, heads: Sequence[str] = ()) -> dict[str, Place]
     return {name: place for name, place in found.items() if not _within(name, heads)}
 
 
+def find_norms(model: nn.Module) -> list[str]:
+    """Names of the normalisations: their gains, and biases, are vectors as wide as what they normalise."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__ and any(p.dim() == 1 for p in module.parameters(recurse=False))
+    ]
+
+
 def _within(name: str, heads: Sequence[str]) -> bool:
     return any(part in heads for part in name.split("."))
 
@@ -186,6 +195,7 @@ def attach(
     seed: int = 0,
     depth_every: int = 25,
     slice_settings: Mapping[str, Any] | None = None,
+    norms: bool = False,
 ) -> Attached:
     """Make `model` ready to be trained by `method`; the model is changed in place.
 
@@ -197,6 +207,7 @@ def attach(
         seed: Seed of random masks.
         depth_every: Optimizer steps of each turn of a depth window.
         slice_settings: Further settings of `SliceFineConfig`, for methods with slices.
+        norms: Whether those train normalisations as well, in full.
 
     Raises `SliceFineError` with the reason if the method cannot be attached.
     """
@@ -215,16 +226,18 @@ def attach(
         config = _config(method, places, slide_every=slide_every, total_steps=total_steps, seed=seed)
         if method.has_slices:
             config = dataclasses.replace(config, **slice_settings or {})
+        beside = [name for name in find_norms(model) if not _within(name, heads)] if norms and method.has_slices else []
         if method.window is not None:
             config.depth_window, config.depth_every = _lowest(method.window, model, places), depth_every
         config.task_type = PEFT_TASKS.get(task)
-        if heads:
-            config.modules_to_save = list(heads)
+        if heads or beside:
+            config.modules_to_save = [*heads, *beside]
         adapted = get_peft_model(cast(Any, model), config)
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:  # PEFT's, and ours
         raise SliceFineError(str(error)) from error
     if method.has_slices:
-        return _attached(method, adapted, heads, total=total, active=parameter_counts(adapted).active)
+        more = sum(p.numel() for name in beside for p in model.get_submodule(name).parameters() if p.requires_grad)
+        return _attached(method, adapted, heads, total=total, active=parameter_counts(adapted).active + more)
     for name, parameter in adapted.named_parameters():
         if ".ranknum." in name:  # AdaLoRA's count of ranks, which PEFT trains on the meta device, and there alone
             parameter.requires_grad_(False)

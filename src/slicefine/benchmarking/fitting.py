@@ -24,7 +24,7 @@ from slicefine.benchmarking.attaching import Attached, attach
 from slicefine.benchmarking.cells import Outcome
 from slicefine.benchmarking.suite import QualityTask
 from slicefine.benchmarking.timing import release
-from slicefine.benchmarking.variants import CARRIED, Variant
+from slicefine.benchmarking.variants import CARRIED, TRAINED, Variant
 from slicefine.training.checked import CheckedTrainer, NotFiniteError
 from slicefine.training.metrics import Scores
 from slicefine.training.recipe import DataSettings, Recipe
@@ -149,6 +149,7 @@ def attach_to(prepared: Prepared, job: Job) -> Attached:
         seed=job.seed,
         depth_every=job.depth_every,
         slice_settings=job.variant.slice_settings,
+        norms=job.variant.norms == TRAINED,
     )
 
 

@@ -15,10 +15,12 @@ from slicefine.errors import did_you_mean
 EIGHTH = "eighth"
 """A move after each eighth of the run, in whole steps: 7 or 8 moves, within the paper's 5 to 10."""
 RESET, CARRIED = "reset", "carried"
+FROZEN, TRAINED = "frozen", "trained"
 CHOICES = {
     "order": ("sweep", "random"),
     "moments": (RESET, CARRIED),
     "bias": ("none", "slicefine_only"),
+    "norms": (FROZEN, TRAINED),
     "axis": tuple(AXES.values()),
 }
 """Setting -> its values, of those that are words."""
@@ -35,6 +37,8 @@ class Variant:
     """Optimizer steps per position in a final run; `eighth` of the run; None = it never moves."""
     order: str = "sweep"
     bias: str = "none"
+    norms: str = FROZEN
+    """Whether the gains of normalisations, and their biases, are trained in full beside the slices."""
     moments: str = RESET
     """Whether the optimizer's moments are dropped when a slice moves, or carried over to the next position."""
     rewarm: int = 0

@@ -20,7 +20,7 @@ from slicefine.training.extras import require_train
 from slicefine.training.recipe import Recipe
 
 HELP = "Scores of fine-tuning methods on a suite of tasks: learning rates chosen, several seeds, resumable."
-ABLATIONS = ("r", "axis", "order", "slide_every", "bias", "moments", "rewarm")
+ABLATIONS = ("r", "axis", "order", "slide_every", "bias", "norms", "moments", "rewarm")
 
 
 def parser() -> ArgumentParser:
@@ -118,6 +118,12 @@ def parser() -> ArgumentParser:
         f"default: {EIGHTH}",
     )
     group.add_argument("--bias", type=str, nargs="+", help=f"{', '.join(CHOICES['bias'])}; null = none")
+    group.add_argument(
+        "--norms",
+        type=str,
+        nargs="+",
+        help=f"{', '.join(CHOICES['norms'])}: the gains of normalisations, and their biases; null = frozen",
+    )
     group.add_argument(
         "--moments",
         type=str,

@@ -125,7 +125,9 @@ def test_a_run_of_unknown_length_is_planned_for_all_it_can_train() -> None:
     assert endless.coverage == 1
     assert unknown.costs[0].artifact == endless.costs[0].artifact
     assert "artifact at most" in text(unknown)
-    assert "At most: as if every weight had been trained by the end." in text(unknown)
+    assert "At most: originals and artifact of a run in which every weight is trained" in text(unknown)
+    still = recipe(training__max_steps=-1, slice__slide_every=None, slice__axis="row")
+    assert "at most" not in text(plan(still, llama(), device="cpu")).lower()
 
 
 def test_heads_are_the_same_for_all_methods() -> None:

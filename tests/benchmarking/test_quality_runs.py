@@ -113,6 +113,18 @@ def test_training_lowers_the_loss_and_each_final_run_is_on_the_board(
     assert len(list((tmp_path / "board").rglob("*.json"))) == 6
 
 
+def test_normalisations_that_are_trained_change_what_comes_of_a_run(
+    settings: Callable[..., QualitySettings], made: list[Any]
+) -> None:
+    given = settings(methods=("SliceFine-1R",), learning_rates=(1e-1,), ablations={"norms": ["frozen", "trained"]})
+    found = quality.compare(given, lambda changed: None)
+    (plain,), (more,) = found.of("words", "SliceFine-1R"), found.of("words", "SliceFine-1R, norms trained")
+    assert (
+        more.active - plain.active == more.touched - plain.touched == 5 * 2 * 32
+    )  # two in each block, one of the embeddings
+    assert more.loss != plain.loss
+
+
 # ---------------------------------------------------------------- the processes
 
 

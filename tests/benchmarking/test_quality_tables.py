@@ -38,6 +38,7 @@ def found():
             name=name,
             steps=None,
             grid_steps=None,
+            rate_scale=1.0,
             recipe=SimpleNamespace(task="text-classification", data=SimpleNamespace(name=None)),
         )
         for name in ("one", "two")

@@ -3,7 +3,7 @@
 import pytest
 
 from slicefine.benchmarking.methods import method
-from slicefine.benchmarking.variants import Variant, problems, unused, variants
+from slicefine.benchmarking.variants import Variant, problems, unmoved, unused, variants
 
 
 def test_a_variant_is_named_by_what_is_not_as_usual():
@@ -64,11 +64,10 @@ def test_all_that_is_wrong_with_an_ablation():
             "order": ["swep"],
             "r": [0],
             "rewarm": [-1],
-            "slide_every": ["never", 500],
+            "slide_every": ["never", 0],
             "moments": ["kept"],
             "axis": ["row"],
         },
-        400,
     )
     assert len(found) == 6
     for part in (
@@ -77,6 +76,12 @@ def test_all_that_is_wrong_with_an_ablation():
         "`--r` is at least 1; got 0.",
         "`--rewarm` is at least 0 steps; got -1.",
         "got 'never'",
-        "`--slide_every` 500 moves nothing in a run of 400 steps",
+        "or null for no move; got 0.",
     ):
         assert any(part in problem for problem in found), part
+
+
+def test_an_interval_as_long_as_the_run():
+    assert unmoved({"slide_every": [None, "eighth", 399]}, 400) == []
+    (said,) = unmoved({"slide_every": [399, 400]}, 400)
+    assert said.startswith("`--slide_every` 400 moves nothing in a run of 400 steps.")

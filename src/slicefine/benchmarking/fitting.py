@@ -263,6 +263,6 @@ def _plain(value: Any) -> Any:
 def _touched(attached: Attached, steps: int) -> int:
     if not attached.method.has_slices:
         return attached.counts.active
-    planned = parameter_counts(attached.model, steps).planned
-    assert planned is not None
-    return planned
+    counts = parameter_counts(attached.model, steps)
+    assert counts.planned is not None
+    return counts.planned + attached.counts.active - counts.active  # what is trained in full: normalisations

@@ -13,7 +13,7 @@ FORMAT = 1
 """Of the dictionary; raised when a key changes its meaning."""
 
 NOT_COUNTED = "not counted"
-AT_MOST = "At most: as if every weight had been trained by the end. The length of the run makes it exact: --examples or --training.max_steps."
+AT_MOST = "At most: originals and artifact of a run in which every weight is trained in the end. Its length makes them exact: --examples or --training.max_steps."
 NOTE = "Counted for the longest batch; what is assumed, and what is not counted: docs/planning.md."
 
 
@@ -79,7 +79,7 @@ def _change(change: Change) -> dict[str, Any]:
 
 def text(plan: Plan) -> str:
     """The plan in tables and sentences."""
-    bounded = [] if plan.steps is not None else [AT_MOST]
+    bounded = [AT_MOST] if _is_bound(plan) else []
     return "\n".join([*_head(plan), "", *_table(plan), "", *bounded, *_verdict(plan), *plan.notes, NOTE])
 
 
@@ -138,8 +138,13 @@ def _moves(plan: Plan) -> str:
     return f"{plan.moves}" if plan.fewest_moves == plan.moves else f"{plan.fewest_moves} to {plan.moves}"
 
 
+def _is_bound(plan: Plan) -> bool:
+    """Whether sizes are the most there can be: the slices move, and nobody knows how often."""
+    return plan.steps is None and plan.recipe.slice.slide_every is not None
+
+
 def _table(plan: Plan) -> list[str]:
-    at_most = "" if plan.steps is not None else " at most"
+    at_most = " at most" if _is_bound(plan) else ""
     costs = plan.costs
 
     def of_step(cost: Cost, bytes_of: Callable[[StepMemory], int]) -> str:

@@ -19,13 +19,13 @@ from slicefine.benchmarking import quality_examples, quality_timing
 from slicefine.benchmarking.attaching import adapter_size, equal_in_size, find_places
 from slicefine.benchmarking.cells import Cell, Cells, Outcome
 from slicefine.benchmarking.fitting import Job, fit, prepare
-from slicefine.benchmarking.methods import REFERENCE, Method, method
+from slicefine.benchmarking.methods import ADALORA, REFERENCE, Method, method
 from slicefine.benchmarking.processes import in_processes
 from slicefine.benchmarking.quality_progress import Progress
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.suite import QualityTask, load_suite
 from slicefine.benchmarking.timing import Measured, reason
-from slicefine.benchmarking.variants import Variant
+from slicefine.benchmarking.variants import Variant, unmoved
 from slicefine.errors import SliceFineError, raise_all
 from slicefine.training.record import versions
 from slicefine.training.tasks import Prepared
@@ -115,6 +115,7 @@ class _Plan:
                 problems.append(
                     f"Task {task.name}: `grid_steps` is at most the steps of a final run, {final}; got {grid}."
                 )
+            problems += [f"Task {task.name}: {problem}" for problem in unmoved(dict(self._settings.ablations), final)]
             try:
                 found.sources[task.name], found.seen[task.name] = quality_examples.judging(task)
                 # Whether the model loads shows here, and not in every run.
@@ -305,7 +306,9 @@ class _Runs:
             "training.seed": None,
             "data.validation": _unless_text(recipe["data.validation"]),
         }
-        return {
+        # Kept runs of AdaLoRA in which its own term was a part of the loss that judges are not those of today.
+        loss = {"loss": "of the task"} if job.variant.method.kind == ADALORA else {}
+        return loss | {
             "recipe": recipe,
             "model": self._found.models[job.task.name],
             "examples": _contents(self._found.sources[job.task.name]),

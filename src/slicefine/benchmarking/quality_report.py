@@ -21,9 +21,10 @@ from slicefine.benchmarking.results import Report
 INTRO = """\
 Pretrained models are tuned to each task for {steps}{bf16}, by the trainer and the settings of the task's recipe: AdamW, weight decay 0, cosine schedule with \
 warm-up, gradients clipped to 1, the model's own dropout. All methods train the same matrices (every linear layer but the head), and the new head in full, from the same initial \
-values, on the same batches. Each has a grid of learning rates of its own, all of one size{sizes}, and takes the one with the lowest loss on examples that choose, after a shorter run \
-with the first seed. Final runs have seeds {first} to {last}; the examples that judge were scored once in each, after the last step, and decided nothing. \
-SliceFine moves as its name says, by default after each eighth of the run. Active: parameters trained at a step; touched: by the end; neither counts the head."""
+values, on the same batches. Each has a grid of learning rates of its own, all of one size{sizes}, and takes the one with the lowest loss on examples that choose, after a run \
+with the first seed, of as many steps as **The examples** says. Final runs have seeds {first} to {last}; the examples that judge were scored once in each, after the last step, and decided nothing. \
+SliceFine moves as its name says, by default after each eighth of the run, and trains biases and normalisations \
+where its name says so. Active: parameters trained at a step; touched: by the end; neither counts the head."""
 SECONDS_BETWEEN_DRAWINGS = 60.0
 
 

@@ -92,7 +92,7 @@ class QualitySettings:
                 found.append(f"`--methods`: {one.name} has no quality, {why}. See `slicefine bench speed`.")
         if not self.methods:
             found.append("`--methods` names at least one.")
-        found += problems(dict(self.ablations), self.steps)
+        found += problems(dict(self.ablations))
         if all(name in methods for name in self.methods):
             found += unused(dict(self.ablations), self.known_methods)
         known = settable()
@@ -145,6 +145,8 @@ class QualitySettings:
     def rates(self, one: Method, task: QualityTask) -> tuple[float, ...]:
         """The learning rates that a method may choose from on `task`."""
         grid = self.learning_rates or KINDS[one.kind].learning_rates
+        if task.rate_scale == 1:
+            return grid
         return tuple(float(f"{rate * task.rate_scale:.6g}") for rate in grid)  # 0.0003, and not 0.00030000000000000003
 
     def at_once(self, *, gpu: bool) -> tuple[int, int]:

@@ -317,6 +317,7 @@ def _sets(found: Comparison) -> Table:
                 "kind": task.recipe.task,
                 "steps": found.settings.steps_of(task),
                 "steps to choose a rate": found.settings.steps_of_grid(task),
+                "rates of the grids, times": task.rate_scale,
                 "trained on": _count(choose, "train"),
                 "choose": _count(choose, "validation"),
                 "judge": _count(judge, "validation"),

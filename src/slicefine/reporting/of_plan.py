@@ -162,7 +162,7 @@ def _memory(content: Mapping[str, Any]) -> Section:
     rows = [[Cell(text=title), *(Cell(text=shown(one.get(key))) for one in methods)] for title, key, shown in ROWS]
     at_most = (
         " Originals and artifact are the most there can be, as the length of the run is not known."
-        if content.get("steps") is None
+        if content.get("steps") is None and content["recipe"].get("slice.slide_every") is not None
         else ""
     )
     note = f"Counted for the longest batch.{at_most} What is assumed, and what is not counted: docs/planning.md."

@@ -163,7 +163,7 @@ def _run(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         seconds = seconds_before + time.perf_counter() - began
-        record.timings = {"train_seconds": round(seconds, 3), **timer.summary(trainer.seconds_waited)}
+        record.timings |= {"train_seconds": round(seconds, 3), **timer.summary(trainer.seconds_waited)}
         record.steps = trainer.state.global_step
         record.moves = recipe.slice_schedule.moves(max(record.steps - 1, 0))  # one after the last step trains nothing
         record.peak_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from classifiers import reviews, text_model, write_table
+
 from slicefine.benchmarking import bench
 from slicefine.benchmarking.models import MODELS, Architecture
+from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.results import Report
 from slicefine.benchmarking.settings import Settings
 
@@ -46,6 +50,24 @@ def settings(tmp_path: Path, **given: Any) -> Settings:
         "output": str(tmp_path / "out"),
     }
     return Settings(**usual | given)
+
+
+def quality_of(folder: Path, **usual: Any) -> Callable[..., QualitySettings]:
+    """Makes settings of short runs on a suite of one set, `words`, whose model is beside it; `usual` are those of all."""
+    text_model(folder / "model")
+    write_table(folder / "sets/words/train.jsonl", reviews(range(20)))
+    write_table(folder / "sets/words/test.jsonl", reviews(range(100, 110)))
+    always = {
+        "suite": str(folder / "sets"),
+        "learning_rates": (1e-3,),
+        "seeds": 1,
+        "steps": 8,
+        "rounds": 0,
+        "cells": str(folder / "cells"),
+        "output": str(folder / "out"),
+        "overrides": {"model.name": str(folder / "model"), "data.max_length": 16},
+    }
+    return lambda **changes: QualitySettings(**always | usual | changes)
 
 
 def run(what: str, given: Settings) -> tuple[Report, dict[str, Any]]:

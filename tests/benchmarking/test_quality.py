@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarked import quality_of
 from classifiers import reviews, text_model, write_table
 from safetensors.torch import load_file, save_file
 
@@ -28,25 +29,7 @@ OUTCOME = Outcome(
 @pytest.fixture
 def settings(tmp_path: Path) -> Callable[..., QualitySettings]:
     """Of a suite of one set, whose model is beside it."""
-    text_model(tmp_path / "model")
-    write_table(tmp_path / "sets/words/train.jsonl", reviews(range(20)))
-    write_table(tmp_path / "sets/words/test.jsonl", reviews(range(100, 110)))
-
-    def made(**changes: Any) -> QualitySettings:
-        usual = {
-            "suite": str(tmp_path / "sets"),
-            "methods": ("SliceFine-1R", "LoRA-r8"),
-            "learning_rates": (1e-3,),
-            "seeds": 1,
-            "steps": 8,
-            "rounds": 0,
-            "cells": str(tmp_path / "cells"),
-            "output": str(tmp_path / "out"),
-            "overrides": {"model.name": str(tmp_path / "model"), "data.max_length": 16},
-        }
-        return QualitySettings(**usual | changes)
-
-    return made
+    return quality_of(tmp_path, methods=("SliceFine-1R", "LoRA-r8"))
 
 
 @pytest.fixture

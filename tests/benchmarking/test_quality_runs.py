@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from classifiers import reviews, text_model, write_table
+from benchmarked import quality_of
 
 from slicefine.benchmarking import quality, quality_report
 from slicefine.benchmarking.cells import Outcome
@@ -23,30 +23,8 @@ from slicefine.benchmarking.quality_settings import TRAINED, QualitySettings
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> Path:
-    text_model(tmp_path / "model")
-    write_table(tmp_path / "sets/words/train.jsonl", reviews(range(40)))
-    write_table(tmp_path / "sets/words/test.jsonl", reviews(range(100, 110)))
-    return tmp_path / "sets"
-
-
-@pytest.fixture
-def settings(suite: Path) -> Callable[..., QualitySettings]:
-    def made(**changes: Any) -> QualitySettings:
-        usual = {
-            "suite": str(suite),
-            "learning_rates": (1e-3,),
-            "seeds": 1,
-            "steps": 8,
-            "evaluations": 2,
-            "rounds": 0,
-            "cells": str(suite.parent / "cells"),
-            "output": str(suite.parent / "out"),
-            "overrides": {"model.name": str(suite.parent / "model"), "data.max_length": 16},
-        }
-        return QualitySettings(**usual | changes)
-
-    return made
+def settings(tmp_path: Path) -> Callable[..., QualitySettings]:
+    return quality_of(tmp_path, evaluations=2)
 
 
 @pytest.fixture
@@ -146,8 +124,8 @@ def test_closing_ends_the_processes() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_ctrl_c_leaves_finished_runs_and_nothing_else(suite: Path, tmp_path: Path) -> None:
-    command = f"""bench quality --suite {suite} --model.name {tmp_path}/model --data.max_length 16 --methods LoRA-r8 --learning_rates 1e-3
+def test_ctrl_c_leaves_finished_runs_and_nothing_else(settings: Callable[..., QualitySettings], tmp_path: Path) -> None:
+    command = f"""bench quality --suite {settings().suite} --model.name {tmp_path}/model --data.max_length 16 --methods LoRA-r8 --learning_rates 1e-3
         --steps 4000 --grid_steps 8 --seeds 1 --rounds 0 --processes 1 --cells {tmp_path}/cells --output {tmp_path}/out"""
     with (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen(

@@ -68,10 +68,11 @@ def run_demo(folder: Path) -> list[str]:
     try:
         record = train(recipe, resume=resume)
     except SliceFineError as error:
-        left_off = (
+        if not resume:
+            raise
+        raise SliceFineError(
             f"The demo that was interrupted in {folder} cannot go on. Remove the folder, and it starts anew. ({error})"
-        )
-        raise SliceFineError(left_off if resume else str(error)) from error
+        ) from error
     if record.status != "finished":
         print(
             f"Stopped after step {record.steps} of {record.planned_steps}: the same command goes on.", file=sys.stderr

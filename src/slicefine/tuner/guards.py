@@ -1,4 +1,4 @@
-"""What would be silently wrong, found: parameters that something else has changed, stale gradients, ranks that differ."""
+"""What would be silently wrong, found: parameters that something else has changed, stale gradients, ranks that differ, state dicts of half a layer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.tuner.base_layers import same_values
@@ -96,6 +97,27 @@ def warn_of_no_end(layer: SliceLayer) -> None:
             SliceFineWarning,
             stacklevel=2,
         )
+
+
+def state_problems(layer: SliceLayer, given: dict[str, Tensor], weight: Tensor | None) -> list[str]:
+    """What would leave weight and positions at odds if a state dict with `weight` and with the positions `given` were loaded."""
+    if weight is None:
+        return [
+            f"the state dict has the position of adapter {adapter!r} after {int(given[f'{adapter}.step'])} steps, and no values for the "
+            "weight, which holds what was trained. Keep `base_layer` in it, or use `save_pretrained`."
+            for adapter, state in layer.slicefine_state.items()
+            if int(given.get(f"{adapter}.step", state.step)) != state.step
+        ]
+    if not given and layer.installed is not None:
+        return [
+            f"the weight holds what adapter {layer.installed!r} has trained, and the state dict has values for the weight alone. Load "
+            "those of a base model within `disable_adapter()`."
+        ]
+    strangers = {key.rpartition(".")[0] for key, tensor in given.items() if key.endswith(".installed") and bool(tensor)}
+    return [
+        f"its weight holds the values of adapter {adapter!r}, which this model does not have. Add the adapter first."
+        for adapter in strangers - layer.slicefine_state.keys()
+    ]
 
 
 def _check_ranks(layer: SliceLayer, adapter: str) -> None:

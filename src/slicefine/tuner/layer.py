@@ -568,7 +568,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         own = f"{prefix}slicefine_index."  # under a child's name, by which PEFT tells what is not the base model's
         given = {key.removeprefix(own): state_dict.pop(key) for key in list(state_dict) if key.startswith(own)}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        problems = self._state_problems(given, state_dict.get(weight))
+        problems = guards.state_problems(self, given, state_dict.get(weight))
         if problems:
             error_msgs += [f"{prefix.removesuffix('.')}: {problem}" for problem in problems]
             state_dict.pop(weight, None)
@@ -587,28 +587,6 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             state.restore(parts, self.dtype)
             self._point_at(adapter, state.schedule.slice_at(state.step, self.shape))
             self._declare(adapter)
-
-    def _state_problems(self, given: dict[str, Tensor], weight: Tensor | None) -> list[str]:
-        """What would leave weight and positions at odds if a state dict with `weight` and with the positions `given` were loaded."""
-        if weight is None:
-            return [
-                f"the state dict has the position of adapter {adapter!r} after {int(given[f'{adapter}.step'])} steps, and no values for the "
-                "weight, which holds what was trained. Keep `base_layer` in it, or use `save_pretrained`."
-                for adapter, state in self.slicefine_state.items()
-                if int(given.get(f"{adapter}.step", state.step)) != state.step
-            ]
-        if not given and self._installed is not None:
-            return [
-                f"the weight holds what adapter {self._installed!r} has trained, and the state dict has values for the weight alone. Load "
-                "those of a base model within `disable_adapter()`."
-            ]
-        strangers = {
-            key.rpartition(".")[0] for key, tensor in given.items() if key.endswith(".installed") and bool(tensor)
-        }
-        return [
-            f"its weight holds the values of adapter {adapter!r}, which this model does not have. Add the adapter first."
-            for adapter in strangers - self.slicefine_state.keys()
-        ]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never cast: masters are fp32 whatever the base is."""

@@ -106,6 +106,21 @@ def test_the_checkpoint_goes_on_as_if_nothing_had_happened(
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("of", ["lm_settings", "settings"])
+def test_how_often_it_is_evaluated_does_not_change_what_is_trained(
+    of: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """To the bit, dropout included: loaders draw a seed, and samplers an order."""
+    adapters = []
+    for every in (2, 1000):
+        folder = tmp_path / str(every)
+        recipe = Recipe.from_flat(request.getfixturevalue(of) | {"output": str(folder), "training.eval_steps": every})
+        assert recipe.data.validation
+        train(recipe)
+        adapters.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
 def test_nothing_to_keep_at_the_first_step(
     lm_settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

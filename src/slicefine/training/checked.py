@@ -1,4 +1,4 @@
-"""Trainers that stop at NaN or Inf, before the optimizer makes it part of the weights."""
+"""Trainers that stop at NaN or Inf, before the optimizer makes it part of the weights, and that evaluations do not disturb."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ class CheckedTrainer(Trainer):
             problem = not_finite(self, inputs, loss)
             raise NotFiniteError(f"Step {self.state.global_step + 1}: {problem} {self._keep_last_good()} {MENDING}")
         return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. What a loader draws is given back: how often a run is evaluated does not change what it trains."""
+        with RandomState.now().restored():
+            return super().evaluation_loop(*args, **kwargs)
 
     def _keep_last_good(self) -> str:
         """Make a checkpoint of the state after the last step, unless there is one; returns what was done."""

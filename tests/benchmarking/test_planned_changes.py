@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from planned import TINY, llama, recipe
-from transformers import BertConfig
+from transformers import BertConfig, OpenAIGPTConfig
 
 from slicefine.benchmarking import planning
 from slicefine.benchmarking.planning import Change, Plan, parse_memory, plan
@@ -75,6 +75,15 @@ def test_where_nothing_helps_the_least_is_said() -> None:
     assert made.smallest is not None
     assert made.smallest.settings["training.per_device_train_batch_size"] == 1
     assert "No batch, checkpointing or axis" in text(made)
+
+
+def test_what_cannot_checkpoint_is_not_told_to() -> None:
+    config = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64)
+    made = plan(recipe(slice__axis="row"), config, memory=1, device="cpu")
+    assert made.smallest is not None
+    assert "training.activation_checkpointing" not in made.smallest.settings
+    with pytest.raises(SliceFineError, match="OpenAIGPTLMHeadModel has no activation checkpointing"):
+        plan(recipe(training__activation_checkpointing=True), config, device="cpu")
 
 
 def test_where_it_fits_nothing_is_changed() -> None:

@@ -21,6 +21,7 @@ from trl.trainer import utils as trl_utils
 from slicefine.benchmarking.models import BUILT_BY, CAUSAL_LM, TEXT, VIDEO
 from slicefine.benchmarking.planned_config import first_line, settle
 from slicefine.errors import SliceFineError
+from slicefine.training.checkpointing import enable_checkpointing
 from slicefine.training.recipe import Recipe, SliceSettings
 from slicefine.training.tasks.text_classification import positions
 
@@ -185,12 +186,12 @@ def loss_of(model: nn.Module, recipe: Recipe, batch: dict[str, Tensor]) -> Calla
 
 
 def prepare(model: nn.Module, recipe: Recipe) -> None:
-    """What the trainer of the task does to the model, with an adapter or without, before it trains."""
+    """What the trainer of the task does to the model, with an adapter or without, before it trains. Raises `SliceFineError` if it cannot."""
     base = cast(Any, model).get_base_model() if isinstance(model, PeftModel) else cast(PreTrainedModel, model)
     if recipe.task == CAUSAL_LM:
         trl_utils.add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     if recipe.training.activation_checkpointing:
-        base.activation_checkpointing_enable()
+        enable_checkpointing(base)
 
 
 @contextmanager

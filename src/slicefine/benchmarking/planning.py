@@ -31,6 +31,7 @@ from slicefine.benchmarking.planned_model import Subject, subject
 from slicefine.errors import SliceFineError, SliceFineWarning
 from slicefine.kernel import cpu_threads
 from slicefine.slicing import COLUMN, ParameterCounts
+from slicefine.training.checkpointing import can_checkpoint
 from slicefine.training.recipe import Recipe
 from slicefine.training.run import planned_steps
 from slicefine.tuner import parameter_counts
@@ -234,7 +235,8 @@ def _with_changes(made: Plan, config: Any, needed: int) -> Plan:
     """`made`, which needs `needed` bytes and does not fit, with the changes that make it fit. Each is evaluated as the run itself was."""
     training = made.recipe.training
     column = {} if made.recipe.slice.axis == COLUMN else {"slice.axis": COLUMN}
-    checkpointing = {} if training.activation_checkpointing else {"training.activation_checkpointing": True}
+    can = can_checkpoint(Subject(config=config, recipe=made.recipe).build())
+    checkpointing = {"training.activation_checkpointing": True} if can and not training.activation_checkpointing else {}
     batches = _smaller_batches(made, config, {}, needed)
     both = column | checkpointing
     least = _changed(made, config, both) if both else Change(settings={}, device=needed)

@@ -17,6 +17,7 @@ from slicefine.benchmarking.models import BUILT_BY, Architecture, batch_of, buil
 from slicefine.benchmarking.settings import Settings
 from slicefine.benchmarking.timing import refuse_too_large
 from slicefine.errors import SliceFineError
+from slicefine.training.checkpointing import enable_checkpointing
 
 ROOM = 0.5
 """Share of the free memory that weights, gradients and moments of all methods together may take: activations need the rest."""
@@ -57,7 +58,7 @@ class Setup:
             refuse_too_large(self.weights, self.device)
         model = build(self.of, dtype=self.dtype, device=self.device, seed=self.seed)
         if self.checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         return model
 
     def attach(self, method: Method, *, slide_every: int, total_steps: int = 1000) -> Attached:

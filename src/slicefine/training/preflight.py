@@ -20,6 +20,7 @@ from slicefine.errors import SHOWN, SliceFineWarning, listed, raise_all
 from slicefine.kernel import vectors
 from slicefine.training.callback import tuned_layers
 from slicefine.training.checked import CheckedTrainer, all_finite, not_finite
+from slicefine.training.checkpointing import enable_checkpointing
 from slicefine.training.random_state import RandomState
 from slicefine.tuner.layer import SliceLayer
 
@@ -72,7 +73,7 @@ def _batch_problems(trainer: CheckedTrainer, batch: dict[str, Tensor]) -> list[s
 def _step_problems(trainer: CheckedTrainer, batch: dict[str, Tensor]) -> list[str]:
     layers = {name: layer for name, layer in tuned_layers(trainer.model).items() if not layer.state.resting}
     if trainer.args.activation_checkpointing:  # as Trainer does when training begins
-        trainer.model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
+        enable_checkpointing(trainer.model, trainer.args.activation_checkpointing_kwargs)
     with _calls(trainer.model, layers) as called:
         loss = trainer.trial_loss(dict(batch))
     if loss.requires_grad:

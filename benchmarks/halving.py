@@ -23,14 +23,15 @@ from slicefine.benchmarking.cells import Cell, Cells, Outcome
 from slicefine.benchmarking.fitting import Job
 from slicefine.benchmarking.methods import method
 from slicefine.benchmarking.processes import in_processes
-from slicefine.benchmarking.quality import attempt
+from slicefine.benchmarking.quality import attempt, decisive, model_fingerprint
+from slicefine.benchmarking.quality_examples import judging
 from slicefine.benchmarking.suite import QualityTask, load_suite
 from slicefine.benchmarking.variants import CARRIED, EIGHTH, RESET, Variant
 
 INTRO = """\
 {candidates} settings of slices, {each} of each of {shapes}, which train nearly as many parameters at a step; the other settings are drawn at random (seed {seed}). All are \
 trained on every task for {steps} steps of {batch} examples; the half with the lower losses on examples held out of the training examples goes on to new runs twice as long, and \
-so on in {rungs} rungs. A loss counts as its ratio to the least of its task and rung, and a setting by the geometric mean over the tasks: one setting and one learning rate for all. {reference} chose among the rates {rates} in the same \
+so on in {rungs} rungs. A loss counts as its ratio to the least of its task and rung, and a setting by the geometric mean over the tasks: one setting and one learning rate for all{scaled}. {reference} chose among the rates {rates} in the same \
 way, apart from the slices. The examples that judge were not looked at."""
 SHAPES = ("SliceFine-24S", "SliceFine-16RC", "SliceFine-16R", "SliceFine-16C")
 """For MiniLM: all train 0.33 to 0.34 million parameters, as LoRA r8 does."""
@@ -42,6 +43,12 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "rewarm": (0, 12),
 }
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+MOST = (
+    len(RATES)
+    * len(SPACE["bias"])
+    * (1 + math.prod(len(SPACE[name]) for name in ("order", "moments", "rewarm")) * (len(SPACE["slide_every"]) - 1))
+)
+"""Settings of a shape that there are."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,10 @@ class Candidate:
     @property
     def name(self) -> str:
         return f"{self.variant.name}, learning rate {self.rate:g}"
+
+    def rate_on(self, task: QualityTask) -> float:
+        """`rate` with the scale of the task's rates."""
+        return float(f"{self.rate * task.rate_scale:.6g}")
 
 
 def drawn(shapes: Sequence[str], each: int, last_steps: int, seed: int) -> list[Candidate]:
@@ -96,6 +107,8 @@ class Runs:
 
     def __init__(self, tasks: list[QualityTask], cells: Cells, *, last_steps: int, seed: int, processes: int) -> None:
         self._tasks, self._cells, self._last, self._seed, self._processes = tasks, cells, last_steps, seed, processes
+        self._models = {task.name: model_fingerprint(task.recipe.model.name) for task in tasks}
+        self._sources = {task.name: judging(task)[0] for task in tasks}
 
     def losses(self, candidates: Sequence[Candidate], steps: int) -> dict[Candidate, list[float]]:
         """The loss of every candidate on every task after `steps`; infinite where it diverged."""
@@ -105,30 +118,31 @@ class Runs:
         for one in candidates:
             for task in self._tasks:
                 cell = self._cell(one, task, steps)
-                kept = self._cells.read(cell, self._settings(task))
+                job = self._job(one, task, steps)
+                kept = self._cells.read(cell, self._decisive(job))
                 if kept is None:
-                    missing.append((cell, self._job(one, task, steps)))
+                    missing.append((cell, job))
                 else:
                     found[one, task.name] = _loss(kept)
         made = in_processes(attempt, missing, processes=self._processes, threads=1)
         for number, ((cell, job), result) in enumerate(made, 1):
             if isinstance(result, str):
                 raise SystemExit(f"{cell.words}: {result}")
-            self._cells.keep(cell, self._settings(job.task), result)
+            self._cells.keep(cell, self._decisive(job), result)
             found[owners[cell], cell.task] = _loss(result)
             say(f"{number} of {len(missing)}: {cell.words}: {_loss(result):.4f}")
         return {one: [found[one, task.name] for task in self._tasks] for one in candidates}
 
     def _cell(self, one: Candidate, task: QualityTask, steps: int) -> Cell:
-        of = {"method": one.variant.name, "learning_rate": one.rate, "seed": self._seed}
+        of = {"method": one.variant.name, "learning_rate": one.rate_on(task), "seed": self._seed}
         return Cell(task=task.name, steps=steps, final=False, **of)
 
     def _job(self, one: Candidate, task: QualityTask, steps: int) -> Job:
-        run = {"learning_rate": one.rate, "seed": self._seed, "steps": steps, "final_steps": self._last}
+        run = {"learning_rate": one.rate_on(task), "seed": self._seed, "steps": steps, "final_steps": self._last}
         return Job(task=task, variant=one.variant, evaluations=1, final=False, **run)
 
-    def _settings(self, task: QualityTask) -> dict[str, Any]:
-        return {"recipe": task.recipe.flat(), "last_steps": self._last}
+    def _decisive(self, job: Job) -> dict[str, Any]:
+        return decisive(job, self._models[job.task.name], self._sources[job.task.name]) | {"last_steps": self._last}
 
 
 def _loss(outcome: Outcome) -> float:
@@ -154,9 +168,13 @@ def halved(
 
 
 def _row(one: Ranked, tasks: Sequence[QualityTask]) -> dict[str, Any]:
-    losses = {task.name: loss for task, loss in zip(tasks, one.losses, strict=True)}
+    losses = {task.name: _finite(loss) for task, loss in zip(tasks, one.losses, strict=True)}
     named = {"setting": one.candidate.variant.name, "learning rate": f"{one.candidate.rate:g}"}
-    return named | losses | {"loss / least, mean": one.mean, "goes on": "yes" if one.goes_on else ""}
+    return named | losses | {"loss / least, mean": _finite(one.mean), "goes on": "yes" if one.goes_on else ""}
+
+
+def _finite(value: float) -> float | str:
+    return value if math.isfinite(value) else "diverged"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -173,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--processes", type=positive, default=cores(), help="runs at the same time, each on one thread")
     made.add_argument("--cells", type=Path, default=Path("runs/halving"), help="folder of finished runs")
     options = made.parse_args(arguments)
+    if options.each > MOST:
+        made.error(f"a shape has {MOST} settings; got --each {options.each}")
     made_by = provenance(
         ["benchmarks/halving.py", *(sys.argv[1:] if arguments is None else arguments)], threads=1, seed=options.seed
     )
@@ -182,6 +202,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "training.per_device_train_batch_size": options.batch,
     }
     tasks = load_suite(options.suite, overrides, held_out=options.held_out)
+    of_their_own = [task.name for task in tasks if task.steps or task.grid_steps]
+    if of_their_own:
+        made.error(
+            f"--steps and --rungs decide how long runs are: no `steps` and `grid_steps` for {', '.join(of_their_own)} in {options.suite}"
+        )
     last_steps = options.steps * 2 ** (options.rungs - 1)
     runs = Runs(tasks, Cells(options.cells), last_steps=last_steps, seed=options.seed, processes=options.processes)
     torch.set_num_threads(1)
@@ -195,6 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hardware=cpu_model(),
         intro=INTRO.format(
             **{**vars(options), "shapes": ", ".join(options.shapes)}
+            | {
+                "scaled": "".join(
+                    f" ({task.rate_scale:g} times it on {task.name})" for task in tasks if task.rate_scale != 1
+                )
+            }
             | {"candidates": len(options.shapes) * options.each, "rates": ", ".join(f"{rate:g}" for rate in RATES)}
         ),
         figures=[
@@ -204,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 at_most=1.0,
             )
             for task, ours, theirs in zip(tasks, of_best, of_reference, strict=True)
+            if math.isfinite(ours) and math.isfinite(theirs)
         ],
         tables=[Table(title=title, rows=[_row(one, tasks) for one in ranked]) for title, ranked in rungs],
         made_by=made_by,

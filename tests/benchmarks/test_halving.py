@@ -77,6 +77,16 @@ def test_the_better_half_goes_on_until_one_is_left_and_no_run_is_made_twice(
     assert len(in_this_process) == made
     assert json.loads(path.read_text())["tables"] == [figures, *rungs]
 
+    # Other examples are other runs, at rates of the task's own.
+    write_table(tmp_path / "first-train.jsonl", reviews(range(1, 41)))
+    tasks = yaml.safe_load(suite.read_text())
+    tasks["tasks"]["first"]["rate_scale"] = 0.5
+    suite.write_text(yaml.safe_dump(tasks))
+    halving.main(arguments)
+    again = [job for _, job in in_this_process[made:]]
+    assert {job.task.name for job in again} == {"first"}
+    assert {job.learning_rate for job in again} <= {rate / 2 for rate in halving.RATES}
+
 
 def test_settings_are_drawn_once_each_and_say_nothing_of_moves_where_there_are_none():
     import halving
@@ -88,6 +98,25 @@ def test_settings_are_drawn_once_each_and_say_nothing_of_moves_where_there_are_n
     assert staying
     assert {(one.order, one.moments, one.rewarm) for one in staying} == {("sweep", halving.RESET, 0)}
     assert {one.variant.slide_every for one in found} == {None, halving.EIGHTH, 25}
+
+
+@pytest.mark.parametrize(
+    ("own", "more", "says"),
+    [
+        ({"steps": 8}, [], "no `steps` and `grid_steps` for first"),
+        ({}, ["--each", "137"], "a shape has 136 settings; got --each 137"),
+    ],
+)
+def test_what_halving_cannot_do_is_refused(suite, model, tmp_path, capsys, own, more, says):
+    import halving
+
+    tasks = yaml.safe_load(suite.read_text())
+    tasks["tasks"]["first"] |= own
+    suite.write_text(yaml.safe_dump(tasks))
+    with pytest.raises(SystemExit):
+        halving.main(["--suite", str(suite), "--model", str(model), "--cells", str(tmp_path / "cells"), *more])
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "cells").exists()
 
 
 def test_what_diverges_comes_last():

@@ -295,27 +295,34 @@ class _Runs:
         self._changed(self._found)
 
     def _decisive(self, job: Job) -> dict[str, Any]:
-        """What decides a run beside its cell: the recipe, the model and the examples by content, and the versions."""
-        recipe = {
-            key: value
-            for key, value in job.task.recipe.flat().items()
-            if not key.startswith("slice.") and key not in ("output", "data.train", "training.dataloader_num_workers")
-        }
-        recipe |= {
-            "training.learning_rate": None,
-            "training.seed": None,
-            "data.validation": _unless_text(recipe["data.validation"]),
-        }
-        # Kept runs of AdaLoRA in which its own term was a part of the loss that judges are not those of today.
-        loss = {"loss": "of the task"} if job.variant.method.kind == ADALORA else {}
-        return loss | {
-            "recipe": recipe,
-            "model": self._found.models[job.task.name],
-            "examples": _contents(self._found.sources[job.task.name]),
-            "slide_every": job.variant.every(job.steps, job.final_steps) if job.variant.method.has_slices else None,
-            "evaluations": job.evaluations,
-            "versions": {name: versions()[name] for name in ("torch", "transformers", "peft", "slicefine")},
-        }
+        return decisive(job, self._found.models[job.task.name], self._found.sources[job.task.name])
+
+
+def decisive(job: Job, model: str, sources: dict[str, Any]) -> dict[str, Any]:
+    """What decides a run beside its cell: the recipe, the model and the examples by content, and the versions.
+
+    `model`: its fingerprint; `sources`: of the examples, as `quality_examples.judging` has them.
+    """
+    recipe = {
+        key: value
+        for key, value in job.task.recipe.flat().items()
+        if not key.startswith("slice.") and key not in ("output", "data.train", "training.dataloader_num_workers")
+    }
+    recipe |= {
+        "training.learning_rate": None,
+        "training.seed": None,
+        "data.validation": _unless_text(recipe["data.validation"]),
+    }
+    # Kept runs of AdaLoRA in which its own term was a part of the loss that judges are not those of today.
+    loss = {"loss": "of the task"} if job.variant.method.kind == ADALORA else {}
+    return loss | {
+        "recipe": recipe,
+        "model": model,
+        "examples": _contents(sources),
+        "slide_every": job.variant.every(job.steps, job.final_steps) if job.variant.method.has_slices else None,
+        "evaluations": job.evaluations,
+        "versions": {name: versions()[name] for name in ("torch", "transformers", "peft", "slicefine")},
+    }
 
 
 def _unless_text(validation: float | str | None) -> float | None:

@@ -10,6 +10,7 @@ import torch
 from benchmarked import tiny
 
 from slicefine.benchmarking.models import MODELS, SMALL, architecture, batch_of, build
+from slicefine.benchmarking.settings import Settings
 from slicefine.errors import SliceFineError
 
 
@@ -111,3 +112,13 @@ def test_names_are_read_without_torch() -> None:
         "sys.exit(bool({'torch', 'peft', 'transformers'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_usual_values_of_all_sweeps_exist() -> None:
+    """Also for the models as they ship."""
+    for name in ("r", "length", "width", "depth", "batch"):
+        for gpu in (False, True):
+            given = Settings(sweep=name, models=None)
+            assert len(given.architectures(gpu)) == (6 if name == "r" else 18)
+    ranks = {one.r for one in Settings(sweep="r", methods=("LoRA",)).compared()}
+    assert ranks == {None, 1, 2, 4, 8, 16, 32, 64}

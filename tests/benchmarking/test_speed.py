@@ -14,7 +14,6 @@ from slicefine.benchmarking import bench, charts, speed
 from slicefine.benchmarking.attaching import Attached
 from slicefine.benchmarking.methods import method
 from slicefine.benchmarking.models import MODELS, SMALL
-from slicefine.benchmarking.settings import Settings
 from slicefine.benchmarking.setups import Setup
 from slicefine.errors import SliceFineError
 from slicefine.tuner.layer import SliceLayer
@@ -325,16 +324,6 @@ def test_sizes_that_do_not_exist_are_found_before_anything_is_measured(tmp_path:
     with pytest.raises(SliceFineError, match="is a multiple of 16, for whole heads; got 17"):
         run("speed", settings(tmp_path, sweep="width", values=(32, 17)))
     assert not (tmp_path / "out").exists()
-
-
-def test_usual_values_of_all_sweeps_exist() -> None:
-    """Also for the models as they ship."""
-    for name in ("r", "length", "width", "depth", "batch"):
-        for gpu in (False, True):
-            given = Settings(sweep=name, models=None)
-            assert len(given.architectures(gpu)) == (6 if name == "r" else 18)
-    ranks = {one.r for one in Settings(sweep="r", methods=("LoRA",)).compared()}
-    assert ranks == {None, 1, 2, 4, 8, 16, 32, 64}
 
 
 # ---------------------------------------------------------------------- memory

@@ -26,6 +26,8 @@ BUILT_BY = {
     VIDEO: "AutoModelForVideoClassification",
 }
 """Task -> class of transformers that builds a model from its configuration."""
+STEP_OF = {IMAGE: "patch_size", VIDEO: "tubelet_size"}
+"""Task -> size that the length is a multiple of."""
 LENGTH_OF = {CAUSAL_LM: "length", TEXT: "length", IMAGE: "image_size", VIDEO: "num_frames"}
 """Task -> what makes its inputs longer: tokens, the side of an image in pixels, frames."""
 
@@ -69,9 +71,7 @@ class Architecture:
             return self._longer(value)
         if name == "depth":
             return self._with(num_hidden_layers=value)
-        width, heads = self.sizes["hidden_size"], self.sizes["num_attention_heads"]
-        groups = self.sizes.get("num_key_value_heads", heads)
-        unit = width // gcd(width, heads, groups)
+        width, unit = self.sizes["hidden_size"], self.unit(name)
         if value % unit:
             raise SliceFineError(f"The width of {self.name} is a multiple of {unit}, for whole heads; got {value}.")
         scaled = {
@@ -81,8 +81,15 @@ class Architecture:
         }
         return self._with(hidden_size=value, **scaled)
 
+    def unit(self, name: str) -> int:
+        """What the dimension `name` is a multiple of."""
+        if name == "width":
+            width, heads = self.sizes["hidden_size"], self.sizes["num_attention_heads"]
+            return width // gcd(width, heads, self.sizes.get("num_key_value_heads", heads))
+        return self.sizes[STEP_OF[self.task]] if name == "length" and self.task in STEP_OF else 1
+
     def _longer(self, value: int) -> Architecture:
-        step = {IMAGE: "patch_size", VIDEO: "tubelet_size"}.get(self.task)
+        step = STEP_OF.get(self.task)
         if step is not None:
             if value % self.sizes[step]:
                 raise SliceFineError(

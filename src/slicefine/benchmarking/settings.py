@@ -104,8 +104,8 @@ class Settings:
             return named
         found, problems = [], []
         for one in named:
-            own = one.dimension(self.sweep)
-            for value in self.values or [int(own * factor) for factor in FACTORS]:
+            own, unit = one.dimension(self.sweep), one.unit(self.sweep)
+            for value in self.values or [max(unit, int(own * factor) // unit * unit) for factor in FACTORS]:
                 try:
                     found.append(one.resized(self.sweep, value))
                 except SliceFineError as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import tiny as tiny_models
 import torch
 from benchmarked import tiny
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slicefine.benchmarking.attaching import (
     Attached,
@@ -159,6 +161,21 @@ def test_gradients_flow_through_all_blocks_of_the_frozen_limit() -> None:
         assert adapted.trainable == []
         assert len(seen) == 1
         assert bool(seen[0].abs().sum() > 0), model
+
+
+@pytest.mark.parametrize("name", ["full", "head-only", "random-mask", "SliceFine-5RC", "SliceFine-4S", "LoRA-r2"])
+def test_a_head_of_several_layers_is_trained_in_full_and_is_no_target(name: str) -> None:
+    """Of RoBERTa `new_modules` has the names of both layers of the head."""
+    heads, of = ("classifier.dense", "classifier.out_proj"), tiny("roberta-base-small")
+    model = build(of)
+    head = sum(p.numel() for p in cast(Any, model).classifier.parameters())
+    assert not any("classifier" in place for place in find_places(model, heads))
+    adapted = attach(method(name), model, task=of.task, heads=heads)
+    assert adapted.counts.head == head
+    trained = {key for key, p in adapted.model.named_parameters() if p.requires_grad and "classifier" in key}
+    assert len(trained) == 4
+    if name == "head-only":
+        assert adapted.counts.active == 0
 
 
 def test_all_methods_get_the_same_matrices() -> None:
@@ -327,6 +344,15 @@ def test_a_random_mask_trains_as_many_weights_and_no_other() -> None:
         optimizer.zero_grad()
     assert int(mask.sum()) == 37
     assert torch.equal(linear.weight != start, mask)
+
+
+def test_a_random_mask_goes_where_its_gradient_is() -> None:
+    """Trainer moves a model to the GPU after it was made ready; here the GPU is one without values."""
+    weight = nn.Parameter(torch.zeros(2, 3))
+    train_at_random(weight, 2, seed=0)
+    (keep_masked,) = cast(Any, weight)._post_accumulate_grad_hooks.values()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        keep_masked(SimpleNamespace(grad=torch.ones(2, 3, device="cuda")))
 
 
 def test_random_masks_of_a_model_differ_by_weight_and_by_seed() -> None:

@@ -72,6 +72,8 @@ class Attached:
     model: nn.Module
     """What is called: `model(**batch).loss`."""
     counts: Counts
+    norms: int = 0
+    """Parameters of normalisations among the active ones, trained in full beside slices."""
     after_step: Callable[[int], None] | None = None
     """To be called after `optimizer.step()` and before the gradients go, with the number of the step, from 0."""
 
@@ -81,8 +83,12 @@ class Attached:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def optimizer(self, learning_rate: float) -> torch.optim.AdamW | None:
-        """AdamW without decay, which would shrink pretrained weights; None if there is nothing to train."""
-        return torch.optim.AdamW(self.trainable, lr=learning_rate, weight_decay=0.0) if self.trainable else None
+        """Trainer's own, fused AdamW, without decay, which would shrink pretrained weights; None if there is nothing to train."""
+        return (
+            torch.optim.AdamW(self.trainable, lr=learning_rate, weight_decay=0.0, fused=True)
+            if self.trainable
+            else None
+        )
 
 
 def find_places(model: nn.Module, heads: Sequence[str] = ()) -> dict[str, Place]:
@@ -101,7 +107,7 @@ def find_norms(model: nn.Module) -> list[str]:
 
 
 def _within(name: str, heads: Sequence[str]) -> bool:
-    return any(part in heads for part in name.split("."))
+    return any(f".{head}." in f".{name}." for head in heads)
 
 
 def adapter_size(method: Method, model: nn.Module, places: Mapping[str, Place], heads: Sequence[str] = ()) -> int:
@@ -237,7 +243,8 @@ def attach(
         raise SliceFineError(str(error)) from error
     if method.has_slices:
         more = sum(p.numel() for name in beside for p in model.get_submodule(name).parameters() if p.requires_grad)
-        return _attached(method, adapted, heads, total=total, active=parameter_counts(adapted).active + more)
+        active = parameter_counts(adapted).active + more
+        return _attached(method, adapted, heads, total=total, active=active, norms=more)
     for name, parameter in adapted.named_parameters():
         if ".ranknum." in name:  # AdaLoRA's count of ranks, which PEFT trains on the meta device, and there alone
             parameter.requires_grad_(False)
@@ -318,6 +325,7 @@ def _attached(
     total: int,
     active: int | None = None,
     added: int = 0,
+    norms: int = 0,
     after_step: Callable[[int], None] | None = None,
 ) -> Attached:
     """`active`: None = all that is trainable, heads left out."""
@@ -325,7 +333,7 @@ def _attached(
     head = sum(count for is_head, count in trained if is_head)
     rest = sum(count for is_head, count in trained if not is_head)
     counts = Counts(active=rest if active is None else active, head=head, added=added, total=total)
-    return Attached(method=method, model=model, counts=counts, after_step=after_step)
+    return Attached(method=method, model=model, counts=counts, norms=norms, after_step=after_step)
 
 
 def _frozen(method: Method, model: nn.Module, places: Mapping[str, Place], seed: int) -> None:

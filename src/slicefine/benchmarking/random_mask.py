@@ -17,11 +17,13 @@ def train_at_random(weight: nn.Parameter, count: int, *, seed: int) -> Tensor:
     places = torch.tensor(random.Random(seed).sample(range(weight.numel()), count), dtype=torch.int64)
     mask = torch.zeros(weight.numel(), dtype=torch.bool)
     mask[places] = True
-    mask = mask.view(weight.shape).to(weight.device)
+    mask = mask.view(weight.shape)
     weight.requires_grad_(True)
 
     def keep_masked(parameter: Tensor) -> None:
+        nonlocal mask
         assert parameter.grad is not None
+        mask = mask.to(parameter.grad.device)  # Trainer moves the model when it is made
         parameter.grad.mul_(mask)
 
     weight.register_post_accumulate_grad_hook(keep_masked)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarked import quality_of
 from classifiers import reviews, text_model, write_table
 from safetensors.torch import load_file, save_file
 
 from slicefine.benchmarking import quality, quality_report, quality_tables, quality_timing
 from slicefine.benchmarking.cells import Cells, Outcome
+from slicefine.benchmarking.methods import method
 from slicefine.benchmarking.quality import Comparison, compare, model_fingerprint
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.suite import load_suite
 from slicefine.benchmarking.timing import Measured
+from slicefine.benchmarking.variants import Variant
 from slicefine.errors import SliceFineError
 
 OUTCOME = Outcome(
@@ -204,3 +209,79 @@ def test_a_task_whose_name_has_a_slash_is_timed_and_kept(
     assert made == ["time of glue/words"]
     (kept,) = (tmp_path / "cells").iterdir()
     assert kept.name.startswith("glue-words-times-")
+
+
+def test_times_of_another_machine_or_without_enough_memory_are_measured_again(
+    settings: Callable[..., QualitySettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, count = settings(rounds=1), 0
+    (task,) = load_suite(given.suite, given.overrides)
+
+    def measure(*_: Any) -> Measured:
+        nonlocal count
+        count += 1
+        return Measured(
+            arrangement="together", failed={"full": "out of memory"} if count == 1 else {"prefix": "it needs a decoder"}
+        )
+
+    monkeypatch.setattr(quality_timing, "_measure", measure)
+    for times in (1, 2, 2):
+        quality_timing.measured(Cells(tmp_path / "cells"), task, "sha256:1", [], given, 1)
+        assert count == times
+    other = quality_timing.hardware() | {"cpu": "another"}
+    monkeypatch.setattr(quality_timing, "hardware", lambda: other)
+    quality_timing.measured(Cells(tmp_path / "cells"), task, "sha256:1", [], given, 1)
+    assert count == 3
+
+
+def test_a_step_is_timed_as_the_trainer_makes_it(settings: Callable[..., QualitySettings]) -> None:
+    """As many batches, averaged, clipped as the recipe says, by the trainer's own optimizer."""
+    given = settings(rounds=1)
+    more = {
+        "training.gradient_accumulation_steps": 3,
+        "training.max_grad_norm": 0.0,
+        "training.per_device_train_batch_size": 4,
+    }
+    (task,) = load_suite(given.suite, given.overrides | more)
+    batches = quality_timing._batches(task, given, "cpu")
+    assert len(batches) == 3 * (1 + quality_timing.WARMUP)
+    step = quality_timing._Step(task, Variant(method=method("full")), given, batches, "cpu")
+    step._optimizer = torch.optim.SGD(step._attached.trainable, lr=0.0)
+    gradients: list[torch.Tensor] = []
+    name = "classifier.weight"
+    weight = dict(step._attached.model.named_parameters())[name]
+    weight.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
+    step._attached.model.eval()
+    step(1)
+    assert len(gradients) == 3
+    alone = [torch.autograd.grad(step._attached.model(**batch).loss, weight)[0] for batch in batches[3:6]]
+    torch.testing.assert_close(gradients[-1], torch.stack(alone).mean(0))
+    assert quality_timing._Step(task, Variant(method=method("full")), given, batches, "cpu")._optimizer.defaults[
+        "fused"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"seed": -1}, "`--seed` is at least 0"),
+        ({"seed": 2**32 - 1, "seeds": 2}, "below 2**32"),
+        ({"learning_rates": (math.inf,)}, "above 0 and finite"),
+    ],
+)
+def test_seeds_and_rates_that_no_run_can_have(
+    settings: Callable[..., QualitySettings], wrong: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(SliceFineError, match=re.escape(says)):
+        settings(**wrong)
+
+
+def test_the_report_says_how_the_runs_are_trained(settings: Callable[..., QualitySettings], made: list[str]) -> None:
+    more = {"training.weight_decay": 0.1, "training.lr_scheduler_type": "linear", "training.bf16": True}
+    given = settings(overrides=settings().overrides | more)
+    intro = quality_report.run(given, "slicefine bench quality").intro
+    assert "in bfloat16 (autocast), by the trainer" in intro
+    assert (
+        "AdamW, weight decay 0.1, a linear schedule, warm-up of 0.06 (below 1: of the steps), gradients clipped to 1, the model's own dropout"
+        in intro
+    )

@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarked import quality_of
+from classifiers import write_table
+from parrot import make_tokenizer, random_llama
 
 from slicefine.benchmarking import quality, quality_report
+from slicefine.benchmarking.attaching import attach
 from slicefine.benchmarking.cells import Outcome
+from slicefine.benchmarking.fitting import prepare
+from slicefine.benchmarking.methods import method
 from slicefine.benchmarking.processes import KILLED, in_processes
 from slicefine.benchmarking.quality_settings import TRAINED, QualitySettings
+from slicefine.tuner import parameter_counts
 
 
 @pytest.fixture
@@ -101,6 +108,53 @@ def test_normalisations_that_are_trained_change_what_comes_of_a_run(
         more.active - plain.active == more.touched - plain.touched == 5 * 2 * 32
     )  # two in each block, one of the embeddings
     assert more.loss != plain.loss
+
+
+@pytest.mark.filterwarnings("ignore::slicefine.SliceFineWarning")  # of what has no partner
+@pytest.mark.parametrize("name", ["SliceFine-3RC", "SliceFine-4S-w2"])
+def test_touched_is_what_the_run_has_trained(
+    name: str, settings: Callable[..., QualitySettings], made: list[Any]
+) -> None:
+    """Also where a step trains more at one place than at another."""
+    found = quality.compare(settings(methods=(name,), steps=60), lambda changed: None)
+    (outcome,), (task,) = found.of("words", name), found.tasks
+    prepared = prepare(task.recipe, 0)
+    heads = prepared.new_modules
+    again = attach(method(name), prepared.model, task=task.recipe.task, heads=heads, slide_every=8, total_steps=60)
+    optimizer = again.optimizer(1e-3)
+    assert optimizer is not None
+    for parameter in again.trainable:
+        parameter.grad = torch.zeros_like(parameter)
+    for _ in range(60):
+        optimizer.step()
+    assert outcome.touched == parameter_counts(again.model).touched
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the trainer
+def test_the_curve_of_a_language_model_is_of_the_examples_that_choose(tmp_path: Path, made: list[Any]) -> None:
+    text = "one two three four five six seven eight nine ten"
+    tokenizer = make_tokenizer([text])
+    tokenizer.save_pretrained(tmp_path / "model")
+    random_llama(tokenizer).save_pretrained(tmp_path / "model")
+    words = text.split()
+    write_table(tmp_path / "sets/words/train.jsonl", [{"text": " ".join(words[i % 10 :])} for i in range(40)])
+    write_table(tmp_path / "sets/words/test.jsonl", [{"text": " ".join([words[0], words[i]] * 3)} for i in range(10)])
+    files = "data.train: sets/words/train.jsonl, test: sets/words/test.jsonl"
+    (tmp_path / "suite.yaml").write_text(f"tasks:\n  words: {{recipe: llama-3.2-3b-math, {files}}}\n")
+    overrides = {
+        "model.name": str(tmp_path / "model"),
+        "data.format": "text",
+        "data.max_length": 32,
+        "training.bf16": False,
+    }
+    given = QualitySettings(
+        suite=str(tmp_path / "suite.yaml"), methods=("SliceFine-2R",), learning_rates=(1e-3,), seeds=1, steps=9, evaluations=2,
+        rounds=0, cells=str(tmp_path / "cells"), output=str(tmp_path / "out"), overrides=overrides,
+    )  # fmt: skip
+    found = quality.compare(given, lambda changed: None)
+    (outcome,) = found.of("words", "SliceFine-2R")
+    assert [point["step"] for point in outcome.curve] == [4, 8, 9]
+    assert outcome.loss != outcome.curve[-1]["loss"]
 
 
 # ---------------------------------------------------------------- the processes

@@ -22,10 +22,12 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from slicefine.benchmarking.ablations import CarriedMoments, Rewarm, slices_of
 from slicefine.benchmarking.attaching import Attached, attach
 from slicefine.benchmarking.cells import Outcome
+from slicefine.benchmarking.models import TEXT
 from slicefine.benchmarking.suite import QualityTask
 from slicefine.benchmarking.timing import release
 from slicefine.benchmarking.variants import CARRIED, TRAINED, Variant
 from slicefine.training.checked import CheckedTrainer, NotFiniteError
+from slicefine.training.checkpointing import enable_checkpointing
 from slicefine.training.metrics import Scores
 from slicefine.training.recipe import DataSettings, Recipe
 from slicefine.training.record import commit, hardware, now, versions
@@ -33,7 +35,8 @@ from slicefine.training.tasks import Prepared, get_task
 from slicefine.training.trainer import make_arguments, make_trainer
 from slicefine.tuner import parameter_counts
 
-TEXT = "text-classification"
+JUDGE = "judge"
+"""Begins the names of Trainer's figures for the examples that judge, which are no part of the curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,7 @@ def prepare(recipe: Recipe, seed: int) -> Prepared:
     examples = _examples(recipe.task, json.dumps(dataclasses.asdict(recipe.data)))
     prepared = get_task(recipe.task).prepare(recipe, examples)
     if recipe.training.activation_checkpointing:  # now: there are methods that cannot be attached to such a model
-        prepared.model.activation_checkpointing_enable()
+        enable_checkpointing(prepared.model)
     validation = _by_length(prepared.validation) if recipe.task == TEXT else prepared.validation
     return dataclasses.replace(prepared, validation=validation, compute_metrics=_of_finite(prepared.compute_metrics))
 
@@ -222,16 +225,20 @@ def _judge(trainer: CheckedTrainer, job: Job, prepared: Prepared) -> dict[str, A
     """Loss, scores and predictions of the examples that nothing was chosen on."""
     test = prepare(job.task.judging, job.seed).validation
     if prepared.compute_metrics is None:
-        return _last([_named(trainer.evaluate(cast(Any, test)) | {"step": job.steps})])
+        return _last([_as_named(trainer.evaluate(cast(Any, test), metric_key_prefix=JUDGE), job.steps)])
     # One order for all seeds: with this setting Trainer shuffles what it evaluates, too. Predictions are compared one by one.
     trainer.args.train_sampling_strategy = "random"
-    found = trainer.predict(cast(Any, test))
+    found = trainer.predict(cast(Any, test), metric_key_prefix=JUDGE)
     outputs = _outputs(found.predictions)
     predicted = np.argmax(outputs, axis=-1) if outputs.shape[-1] > 1 else outputs[:, 0]
-    metrics = {f"eval_{key.removeprefix('test_')}": value for key, value in (found.metrics or {}).items()}
     labels = np.asarray(found.label_ids)
-    judged = _last([_named(metrics | {"step": job.steps})])
+    judged = _last([_as_named(found.metrics or {}, job.steps)])
     return judged | {"predicted": predicted.tolist(), "labels": labels.tolist()}
+
+
+def _as_named(judged: Mapping[str, float], step: int) -> dict[str, float]:
+    figures = {f"eval_{key.removeprefix(f'{JUDGE}_')}": value for key, value in judged.items()}
+    return _named(figures | {"step": step})
 
 
 def _curve(trainer: CheckedTrainer) -> list[dict[str, float]]:
@@ -265,4 +272,4 @@ def _touched(attached: Attached, steps: int) -> int:
         return attached.counts.active
     counts = parameter_counts(attached.model, steps)
     assert counts.planned is not None
-    return counts.planned + attached.counts.active - counts.active  # what is trained in full: normalisations
+    return counts.planned + attached.norms

@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,22 @@ from slicefine.benchmarking.quality import Comparison, compare
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.quality_tables import Tasks, averages, tables
 from slicefine.benchmarking.results import Report
+from slicefine.benchmarking.suite import QualityTask
 
 INTRO = """\
-Pretrained models are tuned to each task for {steps}{bf16}, by the trainer and the settings of the task's recipe: AdamW, weight decay 0, cosine schedule with \
-warm-up, gradients clipped to 1, the model's own dropout. All methods train the same matrices (every linear layer but the head), and the new head in full, from the same initial \
+Pretrained models are tuned to each task for {steps}{bf16}, by the trainer and the settings of the task's recipe: AdamW, {training}, the \
+model's own dropout. All methods train the same matrices (every linear layer but the head), and the new head in full, from the same initial \
 values, on the same batches. Each has a grid of learning rates of its own, all of one size{sizes}, and takes the one with the lowest loss on examples that choose, after a run \
 with the first seed, of as many steps as **The examples** says. Final runs have seeds {first} to {last}; the examples that judge were scored once in each, after the last step, and decided nothing. \
 SliceFine moves as its name says, by default after each eighth of the run, and trains biases and normalisations \
 where its name says so. Active: parameters trained at a step; touched: by the end; neither counts the head."""
+TRAINING = {
+    "weight_decay": "weight decay {}",
+    "lr_scheduler_type": "a {} schedule",
+    "warmup_steps": "warm-up of {} (below 1: of the steps)",
+    "max_grad_norm": "gradients clipped to {}",
+}
+"""Settings of recipes -> how the report says them."""
 SECONDS_BETWEEN_DRAWINGS = 60.0
 
 
@@ -92,11 +101,23 @@ def _intro(found: Comparison) -> str:
     ]
     return INTRO.format(
         steps=" or ".join(steps),
-        bf16=" in bfloat16 (autocast)" if settings.overrides.get("training.bf16") else "",
+        bf16=_bf16(found.tasks),
+        training=", ".join(_of_all(found.tasks, key, words) for key, words in TRAINING.items()),
         sizes=f", {sizes.pop()}" if len(sizes) == 1 else "",
         first=settings.seed,
         last=settings.seed + settings.seeds - 1,
     )
+
+
+def _bf16(tasks: Sequence[QualityTask]) -> str:
+    names = [task.name for task in tasks if task.recipe.training.bf16]
+    return " in bfloat16 (autocast)" + (f" on {', '.join(names)}" if len(names) < len(tasks) else "") if names else ""
+
+
+def _of_all(tasks: Sequence[QualityTask], key: str, words: str) -> str:
+    """A setting of training in words, with each value that a task has."""
+    values = dict.fromkeys(getattr(task.recipe.training, key) for task in tasks)
+    return words.format(" or ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values))
 
 
 def _resolved(settings: QualitySettings) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,15 @@ class QualitySettings:
             found.append(f"`--held_out` lies between 0 and 1, ends excluded; got {self.held_out}.")
         if self.grid_steps is not None and self.grid_steps > self.steps:
             found.append(f"`--grid_steps` is at most `--steps`, {self.steps}; got {self.grid_steps}.")
-        found += [f"`--learning_rates` are above 0; got {rate}." for rate in self.learning_rates or () if not rate > 0]
+        if not (self.seed >= 0 and self.seed + self.seeds <= 2**32):
+            found.append(
+                f"`--seed` is at least 0, and the last of `--seeds` below 2**32; got {self.seed} and {self.seeds} seeds."
+            )
+        found += [
+            f"`--learning_rates` are above 0 and finite; got {rate}."
+            for rate in self.learning_rates or ()
+            if not 0 < rate < math.inf
+        ]
         if self.learning_rates is not None and len(set(self.learning_rates)) < len(self.learning_rates):
             found.append("`--learning_rates` names one twice.")
         methods: dict[str, Method] = {}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from slicefine.benchmarking.cells import Outcome
 from slicefine.benchmarking.methods import REFERENCE
+from slicefine.benchmarking.models import CAUSAL_LM
 from slicefine.benchmarking.quality import Comparison
 from slicefine.benchmarking.results import Row, Table
 from slicefine.benchmarking.suite import QualityTask
@@ -19,8 +22,9 @@ from slicefine.training.metrics import METRICS
 from slicefine.training.named import NAMED
 
 LOSS = "loss"
+Interval = tuple[float, float]
 RESAMPLES = 1000
-LOWER = (LOSS, "mse")
+LOWER = (LOSS, "mse", "perplexity")
 """Scores of which less is better; they are no shares, and stay as they are."""
 
 
@@ -36,7 +40,9 @@ class Tasks:
         return list(dict.fromkeys(one.name for variants in self.found.variants.values() for one in variants))
 
     def metric(self, task: QualityTask) -> str:
-        """The first score of a task; its loss if it has no scores."""
+        """The first score of a task; the loss of a language model, and of what has no scores."""
+        if task.recipe.task == CAUSAL_LM:
+            return LOSS
         outcomes = [
             o for cell, o in (self.found.grid | self.found.final).items() if cell.task == task.name and o.scores
         ]
@@ -162,35 +168,49 @@ def _against(tasks: Tasks) -> Table:
         if name == REFERENCE or not both:
             continue
         differences = [ours[seed] - theirs[seed] for seed in both]
-        low, high = _interval(tasks, name, both)
+        of_examples, of_seeds = _interval(tasks, name, both), _interval_of_seeds(differences)
         row: Row = {
             "method": name,
             f"mean score - {REFERENCE}": statistics.fmean(differences),
+            "seeds": len(both),
             "least, by seed": min(differences),
             "greatest, by seed": max(differences),
-            "interval, low": low,
-            "interval, high": high,
-            "seeds": len(both),
-            "verdict": _verdict(tasks, low, high),
+            "other seeds, low": of_seeds and of_seeds[0],
+            "other seeds, high": of_seeds and of_seeds[1],
+            "other examples, low": of_examples and of_examples[0],
+            "other examples, high": of_examples and of_examples[1],
+            "verdict": _verdict(tasks, of_seeds, of_examples),
         }
         rows.append(row)
     note = (
-        f"Difference of the mean over the tasks, the same seeds on both sides. Interval: the middle 95 % over {RESAMPLES} draws, with replacement, "
-        "of the examples that judge, the same ones for both. Ahead or behind: the interval excludes zero."
+        "Difference of the mean over the tasks, the same seeds on both sides. Other seeds: 95 % interval of Student's t, of the differences by seed. Other examples: the "
+        f"middle 95 % over {RESAMPLES} draws, with replacement, of the examples that judge, the same ones for both. Ahead or behind: both intervals exclude zero."
     )
     return Table(title=f"Against {REFERENCE}", rows=rows, note=note)
 
 
-def _verdict(tasks: Tasks, low: float | None, high: float | None) -> str | None:
-    if low is None or high is None:
+def _verdict(tasks: Tasks, *intervals: Interval | None) -> str | None:
+    """None if one of the intervals is not known: a single seed says nothing of others."""
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) < len(intervals):
         return None
-    if low <= 0 <= high:
-        return "level"
     more_is_better = tasks.metric(tasks.found.tasks[0]) not in LOWER
-    return "ahead" if (low > 0) == more_is_better else "behind"
+    if all(low > 0 for low, _ in known):
+        return "ahead" if more_is_better else "behind"
+    if all(high < 0 for _, high in known):
+        return "behind" if more_is_better else "ahead"
+    return "level"
 
 
-def _interval(tasks: Tasks, name: str, seeds: Sequence[int]) -> tuple[float | None, float | None]:
+def _interval_of_seeds(differences: Sequence[float]) -> Interval | None:
+    if len(differences) < 2:
+        return None
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    reach = float(stats.t.ppf(0.975, len(differences) - 1)) * error
+    return mean - reach, mean + reach
+
+
+def _interval(tasks: Tasks, name: str, seeds: Sequence[int]) -> Interval | None:
     """Ends of the bootstrap interval of the difference of means over `seeds`; None where a task keeps no predictions."""
     drawn = []
     for task in tasks.found.tasks:
@@ -198,7 +218,7 @@ def _interval(tasks: Tasks, name: str, seeds: Sequence[int]) -> tuple[float | No
         of_both = [tasks.found.by_seed(task.name, of) for of in (name, REFERENCE)]
         runs = [[of[seed] for seed in seeds] for of in of_both]
         if metric not in METRICS or any(not outcome.predicted for side in runs for outcome in side):
-            return None, None
+            return None
         ours, theirs = (_resampled(side, metric, positive(tasks.found, task)) for side in runs)
         drawn.append(points(metric, 1) * (ours - theirs))
     low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
@@ -292,8 +312,11 @@ def _of_task(tasks: Tasks, task: QualityTask) -> Table:
         peaks = [outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None]
         row["peak MiB"] = max(peaks) / 2**20 if peaks else None
         diverged = sum(outcome.diverged is not None for outcome in outcomes)
-        why = found.failed.get((task.name, name), "")
-        row["not measured"] = why or (f"{diverged} of {len(outcomes)} runs diverged" if diverged else "")
+        why = [found.failed.get((task.name, name), f"{diverged} of {len(outcomes)} runs diverged" if diverged else "")]
+        timed = found.timed.get(task.name)
+        if timed and name in timed.failed and (task.name, name) not in found.failed:
+            why.append(f"no times: {timed.failed[name]}")
+        row["not measured"] = "; ".join(filter(None, why))
         rows.append(row)
     return Table(title=task.name, rows=rows)
 

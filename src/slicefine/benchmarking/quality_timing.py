@@ -22,11 +22,19 @@ from slicefine.benchmarking.fitting import Job, attach_to, prepare, trainer_of
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.setups import ROOM
 from slicefine.benchmarking.suite import QualityTask
-from slicefine.benchmarking.timing import Build, Measured, free_bytes, keep_freed_memory, measure, seconds_of
+from slicefine.benchmarking.timing import (
+    OUT_OF_MEMORY,
+    Build,
+    Measured,
+    free_bytes,
+    keep_freed_memory,
+    measure,
+    seconds_of,
+)
 from slicefine.benchmarking.variants import Variant
 from slicefine.errors import SliceFineError
 from slicefine.kernel import cpu_threads
-from slicefine.training.record import commit, hardware, now, write_atomically
+from slicefine.training.record import commit, hardware, now, versions, write_atomically
 
 WARMUP = 2
 COPIES = 4
@@ -48,14 +56,16 @@ def measured(
         "methods": [one.name for one in variants],
         "rounds": settings.rounds,
         "threads": threads,
+        "hardware": hardware() | {"threads": threads},
+        "versions": versions(),
     }
     path = cells.folder / file_of(f"{task.name}-times", known)
     if path.is_file():
         return _read(path)
     found = _measure(task, variants, settings, threads)
-    if not found.interrupted:
+    if not found.interrupted and OUT_OF_MEMORY not in found.failed.values():  # which may be free the next time
         cells.folder.mkdir(parents=True, exist_ok=True)
-        made = {"at": now(), "commit": commit(), "hardware": hardware()}
+        made = {"at": now(), "commit": commit()}
         content = {"version": VERSION, "settings": known, "measured": dataclasses.asdict(found), "made": made}
         write_atomically(path, json.dumps(content) + "\n")
     return found
@@ -100,7 +110,7 @@ def _measure(task: QualityTask, variants: Sequence[Variant], settings: QualitySe
 
 
 def _batches(task: QualityTask, settings: QualitySettings, device: str) -> list[dict[str, Any]]:
-    """The first batches of training, the same for all methods."""
+    """The first batches of training, as many as the steps take; the same for all methods."""
     import tempfile
 
     from slicefine.benchmarking.methods import FULL, method
@@ -115,7 +125,7 @@ def _batches(task: QualityTask, settings: QualitySettings, device: str) -> list[
             found.append(
                 {key: value.to(device) for key, value in dict(batch).items() if isinstance(value, torch.Tensor)}
             )
-            if len(found) == settings.rounds + WARMUP:
+            if len(found) == (settings.rounds + WARMUP) * task.recipe.training.gradient_accumulation_steps:
                 break
     return found
 
@@ -146,19 +156,22 @@ class _Step:
         self._attached: Attached = attach_to(prepared, _job(task, variant, settings))
         self._optimizer = self._attached.optimizer(LEARNING_RATE)
         self._batches, self._device, self._steps = batches, device, 0
-        self._bf16 = task.recipe.training.bf16
+        self._training = task.recipe.training
 
     def __call__(self, number: int) -> float:
-        batch = self._batches[number % len(self._batches)]
-        return seconds_of(lambda: self._train(batch), self._device)
+        of_step = self._training.gradient_accumulation_steps
+        batches = [self._batches[at % len(self._batches)] for at in range(number * of_step, (number + 1) * of_step)]
+        return seconds_of(lambda: self._train(batches), self._device)
 
-    def _train(self, batch: dict[str, Any]) -> None:
-        cast = torch.autocast(self._device, torch.bfloat16) if self._bf16 else contextlib.nullcontext()
-        with cast:
-            loss = self._attached.model(**batch).loss
-        loss.backward()
+    def _train(self, batches: list[dict[str, Any]]) -> None:
+        for batch in batches:
+            cast = torch.autocast(self._device, torch.bfloat16) if self._training.bf16 else contextlib.nullcontext()
+            with cast:
+                loss = self._attached.model(**batch).loss
+            (loss / len(batches)).backward()
         assert self._optimizer is not None
-        torch.nn.utils.clip_grad_norm_(self._attached.trainable, 1.0)
+        if self._training.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self._attached.trainable, self._training.max_grad_norm)
         self._optimizer.step()
         if self._attached.after_step is not None:
             self._attached.after_step(self._steps)

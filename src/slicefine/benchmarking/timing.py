@@ -32,6 +32,7 @@ Run = Callable[[int], float]
 Build = Callable[[], Run]
 
 TOGETHER, IN_TURNS = "together", "in turns"
+OUT_OF_MEMORY = "out of memory"
 GIB = 2**30
 
 
@@ -158,7 +159,7 @@ def _run(
 def reason(error: Exception) -> str:
     """Why something could not be measured, in a line."""
     if out_of_memory(error):
-        return "out of memory"
+        return OUT_OF_MEMORY
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
     return first if isinstance(error, SliceFineError) else f"{type(error).__name__}: {first}"

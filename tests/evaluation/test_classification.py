@@ -241,7 +241,16 @@ def test_numbers_have_correlations(classifier: Callable[..., Path], tmp_path: Pa
     # Without a suite, a model of one output predicts numbers too.
     rows = [{"text": row["text"], "label": row["label"]} for row in rows]
     alone = score(model, data=write_table(tmp_path / "numbers.jsonl", rows), output=tmp_path / "alone")
-    assert list(alone.tasks["numbers"]["metrics"]) == ["pearson", "spearman", "mse"]
+    metrics = alone.tasks["numbers"]["metrics"]
+    assert list(metrics) == ["pearson", "spearman", "mse"]
+    assert alone.average == pytest.approx((metrics["pearson"] + metrics["spearman"]) / 2)
+    same = [row | {"label": 2.5} for row in rows]
+    level = score(model, data=write_table(tmp_path / "level.jsonl", same), output=tmp_path / "level")
+    assert level.tasks["level"]["metrics"]["pearson"] == 0
+    wrong = write_table(tmp_path / "wrong.jsonl", [*rows, {"text": "a", "label": "b"}])
+    with pytest.raises(SliceFineError) as error:
+        score(model, data=wrong, output=tmp_path / "wrong")
+    assert str(error.value).count(f"{wrong}:21") == 1
 
 
 def test_long_texts_are_cut_as_in_training(
@@ -574,6 +583,16 @@ def test_labels_that_the_model_does_not_know(run: Path, tmp_path: Path, label: A
     path = write_table(tmp_path / "held.jsonl", rows)
     assert f"{path}:7: {says}" in refused(run, data=path)
     assert not (run / "evaluation").exists()
+
+
+@pytest.mark.parametrize(("classes", "labels"), [(("1", "2"), (0, 1)), (("0", "5"), (0, 1))])
+def test_labels_are_names_or_numbers_and_not_both(
+    classes: tuple[str, str], labels: tuple[int, int], classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Where one of them is the name of a class, the others are no numbers of classes."""
+    path = write_table(tmp_path / "held.jsonl", reviews(HELD, labels))
+    with pytest.raises(SliceFineError, match="is not among the 2 classes of the model"):
+        score(classifier(*classes), data=path, output=tmp_path / "out")
 
 
 def test_all_unknown_labels_are_named_at_once(run: Path, tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ def test_one_numbering_for_all_sets() -> None:
     assert found.numbers == {"train": [2, 1, 0, 1], "validation": [1, 0, 2]}
 
 
+def test_zeros_before_a_number_are_a_part_of_the_name() -> None:
+    tables = {"train": table(["010", "001", "7", "010", "007"], "train.csv", typed=False)}
+    assert labels.number(tables, "label", where="Data").classes == ["001", "007", "010", "7"]
+
+
 def test_classes_that_are_hardly_there_are_noted() -> None:
     tables = {"train": table(["a", "a", "b", "c", "c", "d"]), "validation": table(["a", "b", "a"], "other.jsonl")}
     assert labels.number(tables, "label", where="Data").notes == [

@@ -109,9 +109,8 @@ def run(given: Any) -> int:
     """Evaluate and print the table; returns 0, or 130 after Ctrl-C."""
     names = {field.name for field in dataclasses.fields(Settings)}
     values = {name: value for name, value in vars(given).items() if name in names and value is not None}
-    for name in ("tasks", "train_data"):
-        if name in values:
-            values[name] = tuple(part for word in values[name] for part in word.split(",") if part)
+    if "tasks" in values:
+        values["tasks"] = tuple(part for word in values["tasks"] for part in word.split(",") if part)
     settings = Settings(**values)
     require_train()
     quiet()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from slicefine.evaluation import inputs
 from slicefine.evaluation.inputs import Examples
 from slicefine.evaluation.sets import LabelledSet
 from slicefine.training.data import Table, shorten
-from slicefine.training.labels import values
+from slicefine.training.labels import INTEGER, values
 
 HIDDEN = "-1 stands for a hidden label: those of GLUE's test sets are not public. Score the validation split."
 
@@ -58,7 +59,7 @@ def read(chosen: LabelledSet, task: str, config: Any, limit: int | None) -> Labe
     if chosen.data.label_kind == "number":
         if all(row[column] in (-1, "-1") for row in table.rows):
             raise SliceFineError(f"Test sets: all {count} labels of {table.source} are -1. {HIDDEN}")
-        found = values({"test": table, "train": table}, column, where="Test sets")["test"]
+        found = values({"test": table}, column, where="Test sets")["test"]
     else:
         found, notes = _names(table, column, classes_of(config), own=chosen.own)
     rows = list(range(count)) if limit is None or limit >= count else [n * count // limit for n in range(limit)]
@@ -119,12 +120,11 @@ def _names(table: Table, column: str, classes: list[str], *, own: bool) -> tuple
         )
     names = declared if declared and not unnamed else None
     notes: list[str] = []
+    labels = [_integer(row[column], known, typed=table.typed) for row in table.rows]
+    named = any(isinstance(label, int) and str(label) in known for label in labels)
     by_number = False
     found, problems, hidden, unknown = [], [], [], False
-    for place, row in zip(table.places, table.rows, strict=True):
-        label = row[column]
-        if isinstance(label, str) and not table.typed and label not in known and label.lstrip("-").isdecimal():
-            label = int(label)
+    for place, label in zip(table.places, labels, strict=True):
         if isinstance(label, bool) or not isinstance(label, int | str):
             problems.append(
                 f"{place}: {column!r} is an integer or a string; got {'null' if label is None else repr(label)}."
@@ -137,7 +137,7 @@ def _names(table: Table, column: str, classes: list[str], *, own: bool) -> tuple
             found.append(names[label])
         elif isinstance(label, int) and not names and str(label) in known:
             found.append(str(label))
-        elif isinstance(label, int) and not names and (own or unnamed) and 0 <= label < len(classes):
+        elif isinstance(label, int) and not names and not named and (own or unnamed) and 0 <= label < len(classes):
             found.append(classes[label])
             by_number = True
         else:
@@ -151,6 +151,12 @@ def _names(table: Table, column: str, classes: list[str], *, own: bool) -> tuple
         numbers = listed(f"{number} = {name}" for number, name in enumerate(classes))
         notes.append(f"The labels of {table.source} are taken as the numbers of the model's classes: {numbers}.")
     return found, notes
+
+
+def _integer(label: Any, known: Collection[str], *, typed: bool) -> Any:
+    """The label; as an integer if it is one in a file that has texts alone, and is no name of a class."""
+    text = isinstance(label, str) and not typed and label not in known
+    return int(label) if text and INTEGER.fullmatch(label) else label
 
 
 def _unnamed(classes: list[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -163,6 +164,6 @@ def scores(given: Sequence[Prediction], data: DataSettings, classes: list[str]) 
 
 
 def average(tasks: dict[str, dict[str, Any]]) -> float | None:
-    """The mean over the sets of the mean of each one's metrics; None without a set."""
-    means = [sum(scores["metrics"].values()) / len(scores["metrics"]) for scores in tasks.values()]
+    """The mean over the sets of the mean of each one's metrics, errors left out; None without a set."""
+    means = [statistics.fmean(value for name, value in of["metrics"].items() if name != "mse") for of in tasks.values()]
     return sum(means) / len(means) if means else None

@@ -11,8 +11,7 @@ from typing import Any
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
 from slicefine.evaluation.settings import Settings
 from slicefine.evaluation.suites import LABELLED
-from slicefine.training.data import SUFFIXES, read_table
-from slicefine.training.media_sources import SPLITS
+from slicefine.training.data import SPLITS, SUFFIXES, read_table
 from slicefine.training.named import NAMED, NamedSet
 from slicefine.training.recipe import DataSettings
 

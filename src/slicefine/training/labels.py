@@ -16,7 +16,8 @@ from slicefine.training.data import Table, shorten
 from slicefine.training.metrics import scores as _scores_of_names
 
 scores = _scores_of_names(("accuracy", "f1_macro"))
-_INTEGER = re.compile(r"-?\d+")
+INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+"""As integers are written; 007 is a name."""
 HINT = " To predict a number, set `data.label_kind` to number."
 
 
@@ -85,7 +86,7 @@ def values(
 ) -> dict[str, list[float]]:
     """The labels of a regression: finite numbers, or texts that are numbers where the file has texts alone (CSV).
 
-    Raises as `number`.
+    Raises as `number`; those of `"train"`, if it is there, must differ.
     """
     found: dict[str, list[float]] = {}
     wrong = [*_empty(tables), *problems]
@@ -100,7 +101,7 @@ def values(
         found[name] = numbers
         wrong += shorten(bad)
     raise_all(wrong, where)
-    if len(set(found["train"])) < 2:
+    if "train" in found and len(set(found["train"])) < 2:
         raise SliceFineError(
             f"{where}: a regression needs labels that differ; all {len(found['train'])} in {column!r} of "
             f"{tables['train'].source} are {found['train'][0]}."
@@ -131,7 +132,7 @@ def _labels(tables: dict[str, Table], column: str) -> tuple[dict[str, list[Any]]
     """The labels of each table as integers or strings, and what is wrong with them."""
     labels = {name: [row[column] for row in table.rows] for name, table in tables.items()}
     untyped = [name for name, table in tables.items() if not table.typed]
-    if untyped and all(_INTEGER.fullmatch(label) for name in untyped for label in labels[name]):
+    if untyped and all(INTEGER.fullmatch(label) for name in untyped for label in labels[name]):
         labels |= {name: [int(label) for label in labels[name]] for name in untyped}
     # What a typed file would have as fractions; folders may be called so.
     files = [name for name in untyped if Path(tables[name].source).suffix.lower() == ".csv"]
@@ -142,7 +143,7 @@ def _labels(tables: dict[str, Table], column: str) -> tuple[dict[str, list[Any]]
         names = table.class_names.get(column)
         bad = []
         for place, label in zip(table.places, labels[name], strict=True):
-            fraction = isinstance(label, float) or (fractions and name in files and not _INTEGER.fullmatch(label))
+            fraction = isinstance(label, float) or (fractions and name in files and not re.fullmatch(r"-?\d+", label))
             if type(label) not in (int, str) or label == "" or fraction:
                 hint = HINT if fraction else ""
                 bad.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from slicefine.training.media import Examples, Part
 from slicefine.training.recipe import DataSettings
 from slicefine.training.smoke_config import shrunk
+from slicefine.training.smoke_rows import common, spread
 
-CLASSES = 8
 SIDE = 64
 """Height and width of what the tiny model sees: enough for five halvings, and for patches of up to 32 pixels."""
 WIDTHS, HEADS = (128, 128, 256, 256, 256), 2
@@ -23,19 +22,15 @@ WIDTHS, HEADS = (128, 128, 256, 256, 256), 2
 
 
 def write_some(data: DataSettings, examples: Any, count: int, folder: Path) -> dict[str, Any]:
-    """See `StandIns`. Of a few classes that have most examples: one example of a class would teach nothing."""
+    """See `StandIns`. Of a few classes."""
     found: Examples = getattr(examples, "clips", examples)
-    validated = set(found.validation.labels)
-    common = sorted(Counter(found.train.labels).items(), key=lambda item: (item[0] not in validated, -item[1], item[0]))
-    chosen = {label for label, _ in common[:CLASSES]}
+    classes = common(found.train.labels, found.validation.labels)
     column = data.video if hasattr(examples, "clips") else data.image
     paths = {}
     for name, part in (("train", found.train), ("validation", found.validation)):
-        numbers = [number for number in range(len(part)) if part.labels[number] in chosen]
-        numbers = numbers[:: max(1, len(numbers) // count)][:count]
         rows = [
             {column: _file(part, number, folder / f"{name}-{number}"), data.label: found.classes[part.labels[number]]}
-            for number in numbers
+            for number in spread(part.labels, classes, count)
         ]
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

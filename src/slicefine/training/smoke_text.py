@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from slicefine.training.data import read_tables
 from slicefine.training.recipe import DataSettings
 from slicefine.training.smoke_config import shrunk
+from slicefine.training.smoke_rows import common, evenly, spread
 from slicefine.training.tokenizer import load_tokenizer
 
 VOCABULARY = 2048
@@ -23,11 +24,15 @@ CHAT = (
 
 
 def write_some(data: DataSettings, examples: Any, count: int, folder: Path) -> dict[str, Any]:
-    """See `StandIns`. Rows are evenly spaced: the first ones may all be of one class."""
-    for name, table in read_tables(data, None).items():
-        every = max(1, len(table.rows) // count)
+    """See `StandIns`. Of a few classes, where there are classes."""
+    tables = read_tables(data, None)
+    labels = {name: [str(row.get(data.label)) for row in table.rows] for name, table in tables.items()}
+    classes = common(labels["train"], labels.get("validation", ()))
+    for name, table in tables.items():
+        numbered = bool(getattr(examples, "classes", None))
+        chosen = spread(labels[name], classes, count) if numbered else evenly(range(len(table.rows)), count)
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for row in table.rows[::every][:count]:
+            for row in map(table.rows.__getitem__, chosen):
                 if data.label_kind == "number":  # a string in CSV, which says no more than its text
                     row = row | {data.label: float(row[data.label])}
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")

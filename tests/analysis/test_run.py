@@ -124,6 +124,14 @@ def test_other_examples_are_refused(recipe: Recipe, model: Path, tmp_path: Path)
         runs.analyze(wanted, str(model), recipe, "")
 
 
+def test_other_settings_of_the_data_are_refused(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    wanted = settings(tmp_path, stages=("balance",))
+    runs.analyze(wanted, str(model), recipe, "")
+    shorter = Recipe.from_flat(recipe.flat() | {"data.max_length": 4})
+    with pytest.raises(SliceFineError, match=r"has another analysis: data\.max_length was \d+ and is 4 now\."):
+        runs.analyze(wanted, str(model), shorter, "")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

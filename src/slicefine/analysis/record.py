@@ -20,7 +20,7 @@ class AnalysisRecord:
     """All that is known of an analysis; docs/analysis.md describes every key."""
 
     model: dict[str, Any]
-    """`name`, `class`, `parameters`, and `fingerprint`, a digest of its first weight."""
+    """`name`, `class`, `parameters`, and `fingerprint`, a digest of its first and last weights."""
     untrained: bool
     task: str | None
     data: dict[str, Any]
@@ -37,6 +37,8 @@ class AnalysisRecord:
     """Stage -> how long it took."""
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stage -> when, with which commit and versions: an analysis may go on later."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """What the recipe says of model and data, where these lie left out."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stage -> what it found."""
     failed: dict[str, str] = field(default_factory=dict)
@@ -72,7 +74,11 @@ class AnalysisRecord:
     def refuse_other(self, other: AnalysisRecord, folder: Path) -> None:
         """Raise `SliceFineError` if `other`, which is to go on with what this one has found in `folder`, is about something else."""
         mine, theirs = self._about(), other._about()
-        changed = [f"{key} was {mine[key]} and is {theirs[key]} now" for key in mine if mine[key] != theirs[key]]
+        changed = [
+            f"{key} was {mine.get(key)} and is {theirs.get(key)} now"
+            for key in {**mine, **theirs}
+            if mine.get(key) != theirs.get(key)
+        ]
         if changed:
             raise SliceFineError(
                 f"{folder} has another analysis: {'; '.join(changed)}. Name another --output, or remove {folder / FILE}."
@@ -92,4 +98,5 @@ class AnalysisRecord:
             "the task": self.task,
             "the data": data,
             **known,
+            **self.recipe,
         }

@@ -101,6 +101,7 @@ def _new(
         task=None if subject is None else subject.recipe.task,
         data={} if subject is None else subject.data,
         notes=[] if subject is None else list(subject.notes),
+        recipe={} if subject is None else _of_recipe(subject),
         settings={**dataclasses.asdict(settings), "stages": list(settings.stages), "ranks": list(settings.ranks)},
         command=command,
         started=records.now(),
@@ -110,10 +111,25 @@ def _new(
     )
 
 
+def _of_recipe(subject: Subject) -> dict[str, Any]:
+    """Settings of model and data; what lies at their paths has digests."""
+    paths = ("model.name", "data.train")
+    settings = {
+        key: value
+        for key, value in subject.recipe.flat().items()
+        if key.startswith(("model.", "data.")) and key not in paths
+    }
+    if isinstance(settings["data.validation"], str):
+        del settings["data.validation"]
+    return settings
+
+
 def _fingerprint(weights: Weights) -> str:
-    """A digest of the values of the first weight, in fp32."""
-    values = weights.read(next(iter(weights.shapes))).contiguous().cpu()
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
+    """A digest of the values of the first and the last weight, in fp32."""
+    digest = hashlib.sha256()
+    for name in (next(iter(weights.shapes)), next(reversed(weights.shapes))):
+        digest.update(weights.read(name).contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _run(

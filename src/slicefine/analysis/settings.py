@@ -45,6 +45,8 @@ class AnalysisSettings:
             value = getattr(self, name)
             if value < least:
                 found.append(f"`--{name}` is at least {least}; got {value}.")
+        if self.seed >= 2**32:
+            found.append(f"`--seed` is below 2**32; got {self.seed}.")
         found += [f"`--ranks` are at least 1; got {rank}." for rank in self.ranks if rank < 1]
         if len(set(self.ranks)) < len(self.ranks) or not self.ranks:
             found.append(f"`--ranks` names at least one rank, and each once; got {list(self.ranks)}.")

@@ -49,6 +49,11 @@ def test_runs_that_end_level_and_runs_without_an_end(tmp_path: Path) -> None:
 def test_validation_sets_that_differ_are_said(tmp_path: Path) -> None:
     two = run(tmp_path / "two", 0.8, data={"validation": {"fingerprint": "other", "examples": 3}})
     assert "Their validation sets are not the same examples" in compared(tmp_path, run(tmp_path / "one", 0.9), two)
+    fractions = [
+        run(tmp_path / str(count), 0.8, data={"validation": {"fingerprint": "of train", "examples": count}})
+        for count in (10, 20)
+    ]
+    assert "Their validation sets are not the same examples" in compared(tmp_path, *fractions)
 
 
 def test_runs_without_logs_or_recipes(tmp_path: Path) -> None:
@@ -123,6 +128,15 @@ def test_evaluations(tmp_path: Path) -> None:
     said = compared(tmp_path, one, three)
     assert "They share 1 set; averages are over different sets" in said
     assert "Not finished: three (running)." in said
+
+
+def test_evaluations_of_other_examples_under_one_name(tmp_path: Path) -> None:
+    sets = {name: {"fingerprint": "sha256:1"} for name in reported.classification_results()["tasks"]}
+    one = reported.classification(tmp_path / "one", sets=sets)
+    two = reported.classification(tmp_path / "two", sets=sets)
+    three = reported.classification(tmp_path / "three", sets={name: {"fingerprint": "sha256:2"} for name in sets})
+    assert "the best first" in compared(tmp_path, one, two)
+    assert "averages are over different sets" in compared(tmp_path, one, three)
 
 
 def test_analyses(tmp_path: Path) -> None:

@@ -63,14 +63,20 @@ def evaluations(named: Named) -> Page:
 
 
 def _best(contents: Mapping[str, Mapping[str, Any]]) -> str:
-    tasks = [set(one["tasks"]) for one in contents.values()]
+    tasks = [_tests(one) for one in contents.values()]
     averages = {name: value for name, one in contents.items() if (value := finite(one.get("average"))) is not None}
-    shared = set.intersection(*tasks)
+    shared = set.intersection(*map(set, tasks))
     if any(of != tasks[0] for of in tasks) or len(averages) < len(contents):
         return f"They share {plural(len(shared), 'set')}; averages are over different sets, or not whole, and do not compare: read the sets one by one."
     order = sorted(averages, key=lambda name: -averages[name])
     said = [f"{name} {100 * averages[name]:.1f}" for name in order]
     return f"Over {plural(len(shared), 'set')}, the best first: {joined(said)}."
+
+
+def _tests(content: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Which examples each set is, as far as the file says it."""
+    sets = content.get("sets") or {}
+    return {name: ((sets.get(name) or {}).get("fingerprint"), of.get("asked")) for name, of in content["tasks"].items()}
 
 
 def _scores(contents: Mapping[str, Mapping[str, Any]]) -> Section:

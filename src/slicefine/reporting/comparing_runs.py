@@ -75,7 +75,8 @@ def verdict(runs: Named) -> str:
     text = f"{joined(best)} {'have' if len(best) > 1 else 'has'} the best {metric_name(kind)} on the validation set, {metric(kind, done[order[0]])}"
     rest = [f"{name} {metric(kind, done[name])}" for name in order[len(best) :]]
     sources = {
-        str((record.content.get("data") or {}).get("validation", {}).get("fingerprint")) for record in runs.values()
+        str([(record.content.get("data") or {}).get("validation", {}).get(key) for key in ("fingerprint", "examples")])
+        for record in runs.values()
     }
     warned = "" if len(sources) == 1 else " Their validation sets are not the same examples, so scores do not compare."
     return f"{text}{'; then ' + joined(rest) if rest else ''}.{warned}"

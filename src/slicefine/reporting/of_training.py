@@ -111,11 +111,12 @@ def notice(content: Mapping[str, Any]) -> Notice | None:
 
 
 def main_score(content: Mapping[str, Any]) -> tuple[str, float | None, float | None] | None:
-    """Name of the first score of a run that is no loss, else of its loss; before and after training."""
+    """Name of the first score of a run, of a language model of its loss; before and after training."""
     scores = content.get("metrics") or {}
     before, after = scores.get("before") or {}, scores.get("after") or {}
     known = [name for name in {**after, **before} if name in METRICS]
-    known.sort(key=lambda name: name == "loss")
+    last = ("loss", "perplexity", "token_accuracy")  # in this order
+    known.sort(key=lambda name: last.index(name) if name in last else -1)
     name = next(iter(known), None)
     return None if name is None else (name, finite(before.get(name)), finite(after.get(name)))
 

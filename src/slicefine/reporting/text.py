@@ -24,13 +24,14 @@ METRICS = {
     "matthews_correlation": "Matthews correlation",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
-    "mean_token_accuracy": "token accuracy",
+    "token_accuracy": "token accuracy",
     "mse": "mean squared error",
+    "perplexity": "perplexity",
     "loss": "loss",
 }
-HUNDREDTHS = {"accuracy", "f1", "f1_macro", "matthews_correlation", "pearson", "spearman", "mean_token_accuracy"}
+HUNDREDTHS = {"accuracy", "f1", "f1_macro", "matthews_correlation", "pearson", "spearman", "token_accuracy"}
 """Metrics that are shares or correlations, and shown in hundredths."""
-LOWER_IS_BETTER = {"loss", "mse"}
+LOWER_IS_BETTER = {"loss", "mse", "perplexity"}
 
 
 def finite(value: Any) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 SHOWN = 20
@@ -52,3 +53,16 @@ def raise_all(problems: list[str], where: str) -> None:
     lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems[:SHOWN], 1))
     more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     raise SliceFineError(f"{where}: {len(problems)} problems\n{lines}{more}")
+
+
+def pattern_problems(setting: str, value: object) -> list[str]:
+    """What is wrong with a text that is to be a regular expression; nothing with what is no text."""
+    if not isinstance(value, str):
+        return []
+    try:
+        re.compile(value)
+    except re.error as error:
+        return [
+            f"`{setting}` is a list of names, or a regular expression; {value!r} is none ({error}). Any name that ends in query is '.*query'."
+        ]
+    return []

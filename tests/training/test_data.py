@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from slicefine import SliceFineError
-from slicefine.training.data import SHOWN_PROBLEMS, read_table, read_tables
+from slicefine.training.data import SHOWN_PROBLEMS, names_a_split, read_table, read_tables
 from slicefine.training.recipe import DataSettings
 
 COLUMNS = ["text", "label"]
@@ -138,6 +138,34 @@ def test_broken_csv(tmp_path: Path) -> None:
         in refusal(path, "text,label\na,b\na, b,c\n")
     )
     assert f"{path}:2: not valid CSV" in refusal(path, 'text,label\n"a"x,b\n')
+    assert f"{path}:1: the header has 'label' more than once" in refusal(path, "text,label,label\na,b,c\n")
+
+
+def test_texts_of_any_length(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"text,label\n{'a' * 200_000},b\n")
+    (row,) = read_table(str(path), COLUMNS).rows
+    assert len(row["text"]) == 200_000
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000])
+def test_json_that_python_does_not_read(tmp_path: Path, value: str) -> None:
+    line = f'{{"text": "a", "label": {value}}}'
+    assert "a.jsonl:1: JSON that cannot be read" in refusal(tmp_path / "a.jsonl", line + "\n")
+    assert "a.json: JSON that cannot be read" in refusal(tmp_path / "a.json", f"[{line}]")
+
+
+def test_what_is_a_split_and_what_a_path(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "val").mkdir(parents=True)
+    local, hub = str(tmp_path / "photos"), "nobody/photos"
+    assert [names_a_split(name, local) for name in ("validation", "test", "photos/val", "rows.csv")] == [
+        True, False, False, False,
+    ]  # fmt: skip
+    assert [names_a_split(name, hub) for name in ("validation", "test", "photos/val", "rows.csv")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+    (tmp_path / "train.jsonl").touch()
+    assert not names_a_split("test", str(tmp_path / "train.jsonl"))
 
 
 @pytest.mark.parametrize(("mark", "shown"), [(";", "';'"), ("\t", r"'\t'"), ("|", "'|'")])
@@ -188,10 +216,22 @@ def test_hub_names_go_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         read_table("nyu-mll/glue", ["sentence"])
 
 
-def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ConnectionError("Couldn't reach 'nobody/nothing' on the Hub\nwith details"), "Couldn't reach"),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found nothing.py"),
+            "Dataset scripts are no longer",
+        ),
+        (datasets.exceptions.DatasetGenerationError(), "DatasetGenerationError"),
+    ],
+    ids=["unreachable", "script", "without words"],
+)
+def test_a_hub_that_gives_nothing_is_one_sentence(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **kwargs: Any) -> datasets.Dataset:
-        raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub\nwith details")
+        raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(SliceFineError, match=r"'nobody/nothing' is no file here .*Couldn't reach[^\n]*$"):
+    with pytest.raises(SliceFineError, match=rf"'nobody/nothing' is no file here .*{says}[^\n]*$"):
         read_table("nobody/nothing", COLUMNS)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from slicefine import SliceFineConfig, SliceFineError
-from slicefine.training import schema
+from slicefine.training import schema, shipped
 from slicefine.training.recipe import Recipe, SliceSettings, TrainingSettings
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,24 @@ def test_resolved_makes_paths_absolute_and_leaves_hub_names(tmp_path: Path, monk
     assert recipe.output == str(tmp_path / "runs" / "a")
     assert recipe.model.name == "bert"
     assert recipe.resolved() == recipe
+
+
+def test_a_split_is_no_path_whatever_lies_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("test", "validation", "photos/test"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name, split in (("vit-base-pets", "test"), ("roberta-base-glue-mrpc", "validation")):
+        assert Recipe.load(shipped.find(name)).resolved().data.validation == split
+    recipe = Recipe.load(
+        shipped.find("vit-base-image-classification"), {"data.train": "photos", "data.validation": "test"}
+    )
+    assert recipe.resolved().data.validation == "test"
+    recipe = Recipe.load(
+        shipped.find("vit-base-image-classification"), {"data.train": "photos", "data.validation": "validation"}
+    )
+    assert recipe.resolved().data.validation == str(tmp_path / "validation")
 
 
 def test_all_problems_at_once_with_the_file_named(tmp_path: Path) -> None:
@@ -171,6 +189,9 @@ def test_an_empty_section_is_its_defaults(tmp_path: Path) -> None:
         ("data.augmentation", ["flip"]),
         ("data.image", "path"),
         ("data.packing", True),
+        ("training.seed", 2**32),
+        ("slice.target_modules", "*query"),
+        ("slice.exclude_modules", "*pooler*"),
     ],
 )
 def test_values_out_of_range(settings: dict[str, Any], key: str, value: Any) -> None:

@@ -40,6 +40,8 @@ def refused(model, config, *words):
         ({"target_modules": []}, ["`target_modules`", "all-linear"]),
         ({"target_modules": None}, ["`target_modules`", "all-linear"]),
         ({"layers_pattern": "layers"}, ["`layers_pattern`", "both or neither"]),
+        ({"target_modules": "*q"}, ["`target_modules`", "regular expression", "'.*query'"]),
+        ({"exclude_modules": "*q"}, ["`exclude_modules`", "regular expression"]),
         ({"target_modules": ".*q", "layers_to_transform": 1}, ["`layers_to_transform`", "regular expression"]),
         ({"axis": "coupled", "couplings": "auto"}, ["`couplings` is a dictionary", "got 'auto'", "Leave it out"]),
         ({"axis": "coupled", "couplings": [("a", "b")]}, ["`couplings` is a dictionary", r"got \[\('a', 'b'\)\]"]),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicefine.errors import SliceFineError, did_you_mean
+from slicefine.errors import SliceFineError, did_you_mean, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from slicefine.training.recipe import DataSettings
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SPLITS = {name: names for names in (("validation", "val", "valid", "dev"), ("train", "training")) for name in names}
+"""Name of a split -> names that its folder may have."""
 SHOWN_PROBLEMS = 10
 _GAP = re.compile(r"[\s,]*")
 
@@ -73,11 +75,21 @@ def read_tables(data: DataSettings, columns: Columns) -> dict[str, Table]:
         columns = {column: flags.get(column, "") for column in columns}
     tables = {"train": read_table(data.train, columns, subset=data.subset, split=data.train_split)}
     if isinstance(data.validation, str):
-        is_split = not Path(data.train).exists() and Path(data.validation).suffix.lower() not in SUFFIXES
+        is_split = names_a_split(data.validation, data.train)
         tables["validation"] = read_table(
             data.train if is_split else data.validation, columns, subset=data.subset, split=data.validation
         )
     return tables
+
+
+def names_a_split(validation: str, train: str) -> bool:
+    """Whether `validation` is a split of `train`: of a data set of the hub, or a folder in that of the training examples; else it is a path."""
+    path, root = Path(validation), Path(train)
+    if path.name != validation or path.suffix.lower() in SUFFIXES:
+        return False
+    if root.is_dir():
+        return any((root / name).is_dir() for name in SPLITS.get(validation, (validation,)))
+    return not root.exists()
 
 
 def shorten(problems: list[str]) -> list[str]:
@@ -140,6 +152,9 @@ def _jsonl(path: Path, columns: Columns, problems: list[str]) -> Rows:
         except json.JSONDecodeError as error:
             problems.append(f"{place}: not valid JSON at character {error.pos + 1} ({error.msg}).")
             continue
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+            problems.append(f"{place}: JSON that cannot be read ({error}).")
+            continue
         count += 1
         if not isinstance(row, dict):
             problems.append(f"{place}: each line is a JSON object; got {line.strip()[:40]!r}.")
@@ -161,6 +176,9 @@ def _json(path: Path, columns: Columns, problems: list[str]) -> Rows:
     except json.JSONDecodeError as error:
         lines = " It looks like one object a line: name it .jsonl." if error.msg == "Extra data" else ""
         problems.append(f"{path}:{error.lineno}: not valid JSON at character {error.colno} ({error.msg}).{lines}")
+        return
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path}: JSON that cannot be read ({error}).")
         return
     if not isinstance(content, list):
         problems.append(f"{path}: a .json file is a list of objects; got {text.strip()[:40]!r}.")
@@ -220,6 +238,7 @@ def _picked(row: dict[str, Any], columns: Columns) -> dict[str, Any]:
 
 
 def _csv(path: Path, columns: Columns, problems: list[str]) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # of a text; Python's own limit is 131,072 characters
     reader = csv.reader((line for _, line in _lines(path, problems)), strict=True)
     header: list[str] | None = None
     try:
@@ -230,6 +249,10 @@ def _csv(path: Path, columns: Columns, problems: list[str]) -> Rows:
                 header = fields
                 if missing := _missing(columns, header):
                     problems.append(f"{path}:1: {_other_separator(header) or missing}")
+                    return
+                twice = [name for name in columns or header if header.count(name) > 1]
+                if twice:
+                    problems.append(f"{path}:1: the header has {listed(map(repr, twice))} more than once. Rename one.")
                     return
                 continue
             if len(fields) != len(header):
@@ -279,11 +302,13 @@ def load_hub(source: str, columns: Columns, subset: str | None, split: str) -> D
         raise SliceFineError(problem)
     try:
         dataset = datasets.load_dataset(source, subset, split=split)
-    except (OSError, ValueError) as error:  # unreachable hub, unknown name, subset or split
+    except (
+        Exception
+    ) as error:  # unreachable hub, unknown name, subset or split, data sets with a script: of many classes
         part = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
         raise SliceFineError(
             f"{source!r} is no file here (a data file ends in {', '.join(SUFFIXES)}) and no folder, and as a data set of the "
-            f"hub ({part}) it did not load: {str(error).splitlines()[0].rstrip('.')}.{near(source)}"
+            f"hub ({part}) it did not load: {(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}.{near(source)}"
         ) from error
     assert isinstance(dataset, datasets.Dataset)
     if missing := _missing(columns, dataset.column_names):

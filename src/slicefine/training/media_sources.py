@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slicefine.errors import NAMED, SliceFineError, did_you_mean, raise_all
-from slicefine.training.data import SUFFIXES, Table, hub_table, load_hub, read_table, shorten
+from slicefine.training.data import SPLITS, SUFFIXES, Table, hub_table, load_hub, names_a_split, read_table, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Item = Path | bytes
 """An image or a clip: its file, or the content of one."""
-SPLITS = {name: names for names in (("validation", "val", "valid", "dev"), ("train", "training")) for name in names}
 """Names of a split, and those that mean the same."""
 
 
@@ -129,10 +128,9 @@ def _other(data: DataSettings, column: str, kind: Kind) -> MediaTable:
     """The validation examples where they are no split of the training folder."""
     assert isinstance(data.validation, str)
     assert data.train is not None
-    place = Path(data.validation)
-    if place.is_dir():
+    place, is_split = Path(data.validation), names_a_split(data.validation, data.train)
+    if place.is_dir() and not is_split:
         return _folder(place, data, kind)
-    is_split = not Path(data.train).exists() and place.suffix.lower() not in SUFFIXES
     return _table_or_hub(data.train if is_split else data.validation, data, column, data.validation, kind)
 
 

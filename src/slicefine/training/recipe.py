@@ -17,6 +17,7 @@ from slicefine.errors import SliceFineError, raise_all
 from slicefine.slicing import Schedule
 from slicefine.training import recipe_checks as checks
 from slicefine.training import schema
+from slicefine.training.data import names_a_split
 from slicefine.training.named import NAMED
 from slicefine.training.tasks import TASKS
 
@@ -248,6 +249,7 @@ class Recipe:
             if key in ("model.name", "data.train", "data.validation")
             and isinstance(value, str)
             and Path(value).exists()
+            and not (key == "data.validation" and flat["data.train"] and names_a_split(value, flat["data.train"]))
         }
         return Recipe.from_flat({**flat, **local, "output": str(Path(self.output).resolve())})
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slicefine.errors import did_you_mean
+from slicefine.errors import did_you_mean, pattern_problems
 from slicefine.training.data import SUFFIXES
 from slicefine.training.named import NAMED
 from slicefine.training.schema import Setting
@@ -73,6 +73,8 @@ def problems(recipe: Recipe, settings: Settings, *, task_known: bool) -> list[st
     for key, least in _AT_LEAST.items():
         if values[key] is not None and not values[key] >= least:
             found.append(f"`{key}` is at least {least}; got {values[key]}.")
+    if values["training.seed"] >= 2**32:
+        found.append(f"`training.seed` is below 2**32; got {values['training.seed']}.")
     for key in ("training.learning_rate", "training.num_train_epochs"):
         if not values[key] > 0:
             found.append(f"`{key}` is above 0; got {values[key]}.")
@@ -131,6 +133,8 @@ def problems(recipe: Recipe, settings: Settings, *, task_known: bool) -> list[st
         found.append(f"{named} are different columns; got {', '.join(values[key] for key in keys)}.")
     if recipe.data.packing_strategy != defaults["data.packing_strategy"] and not recipe.data.packing:
         found.append("`data.packing_strategy` says how to pack, and `data.packing` is false. Set it to true.")
+    for name in ("target_modules", "exclude_modules"):
+        found += pattern_problems(f"slice.{name}", getattr(recipe.slice, name))
     # The schedule names its settings without their section.
     return found + [problem.replace("`", "`slice.", 1) for problem in recipe.slice_schedule.problems()]
 

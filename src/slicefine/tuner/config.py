@@ -9,7 +9,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 
-from slicefine.errors import SliceFineError, did_you_mean, raise_all
+from slicefine.errors import SliceFineError, did_you_mean, pattern_problems, raise_all
 from slicefine.slicing import COUPLED, Layout, Schedule, Window
 from slicefine.tuner import artifact
 from slicefine.tuner.seal import Seal
@@ -131,6 +131,8 @@ class SliceFineConfig(PeftConfig):
             problems.append(
                 f"`target_modules` names the layers to train; got {self.target_modules!r}. Use {ALL_LINEAR!r}."
             )
+        for name in ("target_modules", "exclude_modules"):
+            problems += pattern_problems(name, getattr(self, name))
         if self.target_parameters and self.target_modules is None:
             self.target_modules = []  # None would let PEFT look for a default
         if isinstance(self.target_parameters, str):

@@ -279,6 +279,8 @@ def test_a_task_that_cannot_be_exported(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": None}))
+    config = tmp_path / "adapter" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["LlamaModel"]}))
     with pytest.raises(
         SliceFineError, match=r"task_type of CAUSAL_LM, SEQ_CLS, .* can be exported, and classif.* has None"
     ):

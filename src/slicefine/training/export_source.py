@@ -60,11 +60,16 @@ CLASSES: dict[str, Any] = {
     "FEATURE_EXTRACTION": AutoModel,
 }
 """PEFT's `task_type` -> the class that loads the model."""
-UNNAMED: dict[str, Any] = {
+ENDINGS: dict[str, Any] = {
     "ForImageClassification": AutoModelForImageClassification,
     "ForVideoClassification": AutoModelForVideoClassification,
+    "ForCausalLM": AutoModelForCausalLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForQuestionAnswering": AutoModelForQuestionAnswering,
+    "ForConditionalGeneration": AutoModelForSeq2SeqLM,
 }
-"""The same for tasks that PEFT has no name for: how the name of the model's class ends, in its `config.json`."""
+"""The same where there is no `task_type`: how the name of the model's class ends, in its `config.json`."""
 PIECE = 2**25
 """Bytes that are read at a time where a tensor is only copied."""
 
@@ -117,8 +122,12 @@ class Trained:
             )
         self.seals = {name: Seal.parse(text) for name, text in self.config.seals.items()}
         self.tensors = Tensors([folder / SAFETENSORS_WEIGHTS_NAME])
-        self.heads = {artifact.bare(key): key for key in self.tensors.file_of if not artifact.is_ours(key)}
-        """Tensors of the modules trained in full: name in the model -> key in the file."""
+        self.heads = {
+            artifact.bare(key): key
+            for key in self.tensors.file_of
+            if not artifact.is_ours(key) and not any(part in key for part in (".original_module.", ".modules_to_save."))
+        }
+        """Tensors of the modules trained in full, and embeddings of another size: name in the model -> key in the file."""
         bad = [key for key in self.tensors.file_of if not _finite(self.tensors.read(key))]
         if bad:
             raise SliceFineError(
@@ -322,12 +331,12 @@ def _model_class(adapter: Path, task_type: str | None) -> Any:
     if task_type in CLASSES:
         return CLASSES[task_type]
     named = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8")).get("architectures") or [""]
-    ending = next((ending for ending in UNNAMED if named[0].endswith(ending)), None)
+    ending = next((ending for ending in ENDINGS if named[0].endswith(ending)), None)
     if task_type is None and ending:
-        return UNNAMED[ending]
+        return ENDINGS[ending]
     raise SliceFineError(
         f"Adapters with a task_type of {', '.join(CLASSES)} can be exported, and classifiers of images and clips; "
-        f"{adapter / 'adapter_config.json'} has {task_type!r}, and `architectures` in config.json is {named}."
+        f"{adapter / 'adapter_config.json'} has {task_type!r}, and `architectures` in config.json is {named}. Write the `task_type` into adapter_config.json."
     )
 
 

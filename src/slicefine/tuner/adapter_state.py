@@ -32,12 +32,15 @@ class AdapterState:
 
     def cast(self, dtype: torch.dtype) -> None:
         """Follow the weight to another dtype."""
+        if self.originals.dtype in (None, dtype):
+            return
         self.originals.cast(dtype)
         self.bias = None if self.bias is None else self.bias.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a state dict holds of this, by name; `restore` takes it back."""
-        tensors = {"step": torch.tensor(self.step)}
+        schedule = torch.tensor([*str(self.schedule).encode()], dtype=torch.uint8)
+        tensors = {"step": torch.tensor(self.step), "schedule": schedule}
         for axis, (index, values) in self.originals.stored().items():
             tensors |= {f"{axis}_index": index, axis: values}
         return tensors if self.bias is None else tensors | {"bias": self.bias}

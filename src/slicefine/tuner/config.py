@@ -121,6 +121,7 @@ class SliceFineConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._saving, self._saved_as = False, dict[str, Any]()
         self.peft_type = SliceFineType.SLICEFINE  # pyright: ignore[reportAttributeAccessIssue] -- PEFT's enum is closed
         problems = self.schedule.problems()
         if self.bias not in BIASES:
@@ -222,12 +223,15 @@ class SliceFineConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets in sorted order, so that saving twice writes the same file."""
         fields = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
-        return fields | getattr(self, "_saved_as", {})
+        return fields | (self._saved_as if self._saving else {})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; a model card in the folder gets a paragraph on how the adapter is loaded."""
-        super().save_pretrained(save_directory, **kwargs)
-        self.__dict__.pop("_saved_as", None)
+        self._saving = True
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self._saving, self._saved_as = False, {}
         card = Path(save_directory, "README.md")
         if card.is_file() and HOW_TO_LOAD.splitlines()[0] not in (text := card.read_text(encoding="utf-8")):
             card.write_text(f"{text.rstrip()}\n\n{HOW_TO_LOAD}", encoding="utf-8")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from slicefine.errors import SliceFineError, SliceFineWarning
-from slicefine.tuner.base_layers import same_values
+from slicefine.slicing import SLICE_AXES
+from slicefine.tuner.base_layers import present_values, same_values
 
 if TYPE_CHECKING:
     from slicefine.tuner.layer import SliceLayer
@@ -27,6 +28,12 @@ def check_written(layer: SliceLayer) -> None:
         return
     _check_ranks(layer, adapter)
     state = layer.slicefine_state[adapter]
+    master = layer.slicefine_weight[adapter]
+    if master.dtype != torch.promote_types(master.dtype, torch.float32):
+        raise SliceFineError(
+            f"{layer.name}: `slicefine_weight` of adapter {adapter!r} stays float32, or updates would drown; it is {master.dtype} now. Cast the model "
+            "with `model.to(dtype)`, which leaves it alone, and not parameter by parameter."
+        )
     pairs = layer.pending_writes(adapter)
     untrained = not state.schedule.own(state.step)
     if untrained:  # what has not been trained is original; not so an average of a model that has been
@@ -38,6 +45,7 @@ def check_written(layer: SliceLayer) -> None:
                 f"{layer.name}: the weight and the parameter of its slice (adapter {adapter!r}) differ: one of them was changed by something "
                 "other than a step of a torch.optim.Optimizer. Let your optimizer derive from torch.optim.Optimizer; do not assign to, "
                 "average (EMA, SWA) or perturb (SAM) `slicefine_weight`: merge first, or work on the base weights."
+                + (_ALIKE if untrained and _distributed() else "")
                 + (" It rests below the depth window, and a step leaves it alone." if state.resting else "")
                 + (
                     " If it has just been loaded: adapter_config.json must be the one saved with it."
@@ -113,6 +121,20 @@ def state_problems(layer: SliceLayer, given: dict[str, Tensor], weight: Tensor |
             f"the weight holds what adapter {layer.installed!r} has trained, and the state dict has values for the weight alone. Load "
             "those of a base model within `disable_adapter()`."
         ]
+    if not given:
+        base = layer.place.oriented(weight)
+        return [
+            f"adapter {adapter!r} has trained rows or columns of this layer, and the state dict has other values for them. Load the adapter onto a new "
+            "model with that base; it was trained on this one."
+            for adapter, state in layer.slicefine_state.items()
+            if state.schedule.own(state.step) and not _same_base(layer, adapter, base)
+        ]
+    for adapter, state in layer.slicefine_state.items():
+        told = given.get(f"{adapter}.schedule")
+        if told is not None and (theirs := bytes(told.tolist()).decode()) != str(state.schedule):
+            return [
+                f"adapter {adapter!r} was trained with {theirs}, and this one has {state.schedule}. Build it with the same settings."
+            ]
     strangers = {key.rpartition(".")[0] for key, tensor in given.items() if key.endswith(".installed") and bool(tensor)}
     return [
         f"its weight holds the values of adapter {adapter!r}, which this model does not have. Add the adapter first."
@@ -120,8 +142,41 @@ def state_problems(layer: SliceLayer, given: dict[str, Tensor], weight: Tensor |
     ]
 
 
+def _same_base(layer: SliceLayer, adapter: str, base: Tensor) -> bool:
+    """Whether `base` `(d_out, d_in, *kernel)` has the original values of all that `adapter` has covered."""
+    region, active = layer.region(adapter), layer.slicefine_state[adapter].active
+    covered = {axis: region.along(axis) for axis in SLICE_AXES}
+    covered[active.axis] = tuple(sorted({*covered[active.axis], *active.indices}))
+    return all(
+        same_values(present_values(base, axis, indices).to(layer.dtype), layer.original_values(adapter, axis, indices))
+        for axis, indices in covered.items()
+        if indices
+    )
+
+
+def warn_of_hooks(layer: SliceLayer) -> None:
+    """Warn of hooks on the base layer, which training a slice passes by."""
+    base: Any = layer.get_base_layer()
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    if layer.trains_now() and not layer.place.is_read and any(hooks):
+        # Without a name, so that it is said once and not by every layer.
+        warnings.warn(
+            "Hooks on the layer within a tuner layer are passed by while its slice is trained. Register them on the tuner layer, "
+            "which is where the layer was.",
+            SliceFineWarning,
+            stacklevel=2,
+        )
+
+
+_ALIKE = " Or the weight is a new one, and every rank has drawn its own: call `set_seed` before the model is loaded, on every rank."
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _check_ranks(layer: SliceLayer, adapter: str) -> None:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _distributed():
         return
     state = layer.slicefine_state[adapter]
     if int(layer.slicefine_start[adapter]) != state.start:

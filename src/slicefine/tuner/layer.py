@@ -35,6 +35,7 @@ def _settle_after_loading(layer: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(layer, SliceLayer)
     for state in layer.slicefine_state.values():
         state.cast(layer.dtype)  # `assign=True` brings the dtype of the state dict
+    layer._begin_on_another_base()
     layer._settle()
 
 
@@ -62,6 +63,8 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self._installed: str | None = None
         self._arrival: Arrival | None = None
+        self._other_base = False
+        """Whether a state dict has just brought values of a base alone."""
         self.followed: int | None = None
         """Version of the installed adapter's parameter that the weight is known to follow; see `guards.py`."""
         self.register_load_state_dict_post_hook(_settle_after_loading)
@@ -211,6 +214,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         """As `nn.Module.train`."""
         if mode:
             self._take_in()
+            guards.warn_of_hooks(self)
         else:
             self.check_written()
         return super().train(mode)
@@ -337,6 +341,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             self._installed = adapter
 
     def _exchange(self, state: AdapterState) -> None:
+        state.cast(self.dtype)  # code that casts base layers one by one passes us by
         state.originals.exchange(self.matrix)
         bias = self.place.bias
         if state.bias is not None and bias is not None:
@@ -470,6 +475,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
 
     def _occupy(self, adapter: str, piece: Slice) -> None:
         """Make `piece` the active slice: keep its originals, load the master, point the index at it."""
+        self.slicefine_state[adapter].cast(self.dtype)
         self.slicefine_state[adapter].originals.keep(self.matrix, piece)
         self._point_at(adapter, piece)
         with torch.no_grad():
@@ -525,6 +531,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
     def _values(self, adapter: str, axis: str, indices: tuple[int, ...], *, trained: bool) -> Tensor:
         installed = self._installed == adapter
         if trained != installed and indices:
+            self.slicefine_state[adapter].cast(self.dtype)
             return self.slicefine_state[adapter].originals.pick(axis, indices)
         return self._present(axis, indices) if installed else self.base_values(axis, indices)
 
@@ -568,6 +575,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         own = f"{prefix}slicefine_index."  # under a child's name, by which PEFT tells what is not the base model's
         given = {key.removeprefix(own): state_dict.pop(key) for key in list(state_dict) if key.startswith(own)}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._other_base = not given and weight in state_dict
         problems = guards.state_problems(self, given, state_dict.get(weight))
         if problems:
             error_msgs += [f"{prefix.removesuffix('.')}: {problem}" for problem in problems]
@@ -587,6 +595,21 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             state.restore(parts, self.dtype)
             self._point_at(adapter, state.schedule.slice_at(state.step, self.shape))
             self._declare(adapter)
+
+    def _begin_on_another_base(self) -> None:
+        """Let slices that have trained nothing begin with what a state dict has brought."""
+        if not self._other_base:
+            return
+        self._other_base = False
+        for adapter, state in self.slicefine_state.items():
+            if state.schedule.own(state.step):
+                continue
+            state.originals = Originals()
+            self._occupy(adapter, state.active)
+            bias = self.place.bias
+            if state.bias is not None and bias is not None:
+                state.bias = to_cpu(bias.detach()).clone()
+                self.slicefine_bias[adapter].detach().copy_(bias.detach())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move, but never cast: masters are fp32 whatever the base is."""

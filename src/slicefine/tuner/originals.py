@@ -83,6 +83,11 @@ class Originals:
         place = {index: position for position, index in enumerate(index.tolist())}
         return values[torch.tensor([place[index] for index in indices], dtype=torch.int64)]
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of what is kept; None if nothing is."""
+        return next((piece.values.dtype for pieces in self._pieces.values() for piece in pieces), None)
+
     def cast(self, dtype: torch.dtype) -> None:
         """Follow the weight to another dtype."""
         self._pieces = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -19,12 +20,19 @@ def base_place(place: Place) -> Place:
     return place.module.place if isinstance(place.module, SliceLayer) else place
 
 
-def why_not(place: Place, owners: Counter[int], *, as_parameter: bool, train_bias: bool) -> str | None:
+def memory_of(parameter: Tensor) -> Hashable:
+    """What two parameters have in common that are one: where their values lie, or who they are if they have none."""
+    if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.numel():
+        return id(parameter)
+    return parameter.untyped_storage().data_ptr(), parameter.storage_offset(), parameter.shape
+
+
+def why_not(place: Place, owners: Counter[Hashable], *, as_parameter: bool, train_bias: bool) -> str | None:
     """What keeps a weight from holding slices; None if nothing does.
 
     Args:
         place: The weight.
-        owners: Identity of each parameter of the model -> under how many names the model has it.
+        owners: `memory_of` each parameter of the model -> under how many names the model has it.
         as_parameter: Whether it was named as a parameter, and not as a layer.
         train_bias: Whether the bias of the layer is to be trained.
     """
@@ -43,7 +51,7 @@ def why_not(place: Place, owners: Counter[int], *, as_parameter: bool, train_bia
     if problem:
         return problem
     for name, parameter in ((place.parameter, place.stored), ("bias", place.bias if train_bias else None)):
-        if parameter is not None and owners[id(parameter)] > 1:
+        if parameter is not None and owners[memory_of(parameter)] > 1:
             return (
                 f"its {name} is tied: another module, or another name of this one, has the same and would change with it. "
                 f"Untie them, or leave it out with `exclude_modules`."
@@ -73,6 +81,8 @@ def _module_problem(place: Place) -> str | None:
         return (
             "its weight is offloaded to the CPU or to disk, which is not supported yet. Load the model onto one device."
         )
+    if hasattr(module, "_hf_hook"):
+        return "accelerate moves its inputs from device to device, as with a `device_map` over several, which is not supported yet. Load the model onto one device: device_map={'': 0}."
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if not place.is_read and (any(hooks) or "forward" in vars(module)):
         return f"it has hooks or a `forward` of its own, which training a slice would pass by. Remove them, or register them after attaching. {LEAVE_OUT}"

@@ -18,7 +18,7 @@ from slicefine.tuner.base_layers import BASE_LAYERS, LINEAR_LAYERS, Place
 from slicefine.tuner.config import ALL_LINEAR, SliceFineConfig
 from slicefine.tuner.layer import SliceLayer, layers_around
 from slicefine.tuner.sliding import refuse_sharding
-from slicefine.tuner.suitable import base_place, why_not
+from slicefine.tuner.suitable import base_place, memory_of, why_not
 
 if TYPE_CHECKING:
     from slicefine.slicing import Shape
@@ -115,7 +115,10 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
     problems = _environment_problems(model)
     problems += _matching_problems(model, config, targets)
     owners = Counter(
-        id(parameter) for _, m in model.named_modules(remove_duplicate=False) for parameter in m._parameters.values()
+        memory_of(parameter)
+        for _, m in model.named_modules(remove_duplicate=False)
+        for parameter in m._parameters.values()
+        if parameter is not None
     )
     sound = {}
     parameters = {key for name, of in find_parameters(model, config).items() for key in layer_names(name, of)}

@@ -91,7 +91,7 @@ def test_a_step_is_a_whole_training_step(tmp_path: Path, name: str) -> None:
     step = speed.Step(setup, method(name), counts, slide_every=2)
     assert all(step(number) > 0 for number in range(3))
     by_hand = setup.attach(method(name), slide_every=2)
-    optimizer = torch.optim.AdamW(by_hand.trainable, lr=speed.LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(by_hand.trainable, lr=speed.LEARNING_RATE, weight_decay=0.0, fused=True)
     for number in range(3):
         by_hand.model(**setup.batch(number)).loss.backward()
         optimizer.step()

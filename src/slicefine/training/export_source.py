@@ -67,7 +67,6 @@ ENDINGS: dict[str, Any] = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
     "ForQuestionAnswering": AutoModelForQuestionAnswering,
-    "ForConditionalGeneration": AutoModelForSeq2SeqLM,
 }
 """The same where there is no `task_type`: how the name of the model's class ends, in its `config.json`."""
 PIECE = 2**25

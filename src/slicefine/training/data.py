@@ -302,9 +302,7 @@ def load_hub(source: str, columns: Columns, subset: str | None, split: str) -> D
         raise SliceFineError(problem)
     try:
         dataset = datasets.load_dataset(source, subset, split=split)
-    except (
-        Exception
-    ) as error:  # unreachable hub, unknown name, subset or split, data sets with a script: of many classes
+    except Exception as error:  # an unreachable hub, unknown names, scripts: of many classes
         part = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
         raise SliceFineError(
             f"{source!r} is no file here (a data file ends in {', '.join(SUFFIXES)}) and no folder, and as a data set of the "

@@ -158,7 +158,7 @@ def warn_of_hooks(layer: SliceLayer) -> None:
     """Warn of hooks on the base layer, which training a slice passes by."""
     base: Any = layer.get_base_layer()
     hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-    if layer.trains_now() and not layer.place.is_read and any(hooks):
+    if any(hooks) and layer.trains_now() and not layer.place.is_read:  # in this order: Trainer asks at every step
         # Without a name, so that it is said once and not by every layer.
         warnings.warn(
             "Hooks on the layer within a tuner layer are passed by while its slice is trained. Register them on the tuner layer, "

@@ -1,0 +1,14 @@
+"""What holds for every test."""
+
+from collections.abc import Iterator
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_other_tests() -> Iterator[None]:
+    """accelerate keeps the precision of the first run of a process, bf16 say, for all that follow."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -36,6 +36,13 @@ def listed(names: Iterable[str], shown: int = NAMED) -> str:
     return ", ".join(every[:shown]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, as a sentence without its full stop; the name of its class if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return said.rstrip(".")
+
+
 def by_text(problems: Mapping[str, str]) -> list[str]:
     """Problems by the name of what has them -> one problem per text, with the names that share it."""
     names: dict[str, list[str]] = {}

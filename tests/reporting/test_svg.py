@@ -87,7 +87,7 @@ def test_a_long_line_is_short() -> None:
 
 def every_chart() -> list[Chart]:
     return [
-        lines("lines", {"up": [Line(name=AWKWARD, points=[(1.0, 2.0)]), Line(name="empty", points=[])]}, title="t", words="w", over="o", log_x=True, log_y=True, level=("l", 1.0)),
+        lines("lines", {"up": [Line(name=AWKWARD, points=[(1.0, 2.0)]), Line(name="empty", points=[])]}, title="t", words="w", over="o", log_x=True, level=("l", 1.0)),
         lines("none", {"up": []}, title="t", words="w", over="o", counted=True),
         dots("dots", [Dot(name=AWKWARD * 3, value=0.5, low=0.1, high=0.9, group="g", words="w"), Dot(name="b", value=1)], title="t", words="w", label="l", shares=True, line=("one", 1.0)),
         dots("zero", [Dot(name="b", value=0.0)], title="t", words="w", label="l", log=True),

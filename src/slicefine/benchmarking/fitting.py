@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from slicefine.benchmarking.variants import CARRIED, TRAINED, Variant
 from slicefine.training.checked import CheckedTrainer, NotFiniteError
 from slicefine.training.checkpointing import enable_checkpointing
 from slicefine.training.metrics import Scores
+from slicefine.training.progress import StepTimer
 from slicefine.training.recipe import DataSettings, Recipe
 from slicefine.training.record import commit, hardware, now, versions
 from slicefine.training.tasks import Prepared, get_task
@@ -70,8 +70,8 @@ def fit(job: Job) -> Outcome:
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(job, prepared, attached, Path(folder))
-        clock = _Clock()
-        trainer.add_callback(clock)
+        timer = StepTimer()
+        trainer.add_callback(timer)
         diverged = None
         try:
             trainer.train()
@@ -92,7 +92,7 @@ def fit(job: Job) -> Outcome:
         total=counts.total,
         steps=trainer.state.global_step,
         curve=_curve(trainer),
-        seconds=round(clock.seconds, 3),
+        seconds=round(sum(timer.seconds), 3),
         peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         reserved_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
         peft_config=_settings_of(attached),
@@ -205,20 +205,6 @@ class _AfterStep(TrainerCallback):
     ) -> None:
         assert self._attached.after_step is not None
         self._attached.after_step(state.global_step)
-
-
-class _Clock(TrainerCallback):
-    """Seconds in training steps."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._began = 0.0
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._began
 
 
 def _judge(trainer: CheckedTrainer, job: Job, prepared: Prepared) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from slicefine.benchmarking.attaching import Attached
 from slicefine.benchmarking.counting import Need, dense_deltas, needed, size
-from slicefine.benchmarking.methods import FROZEN, Method
+from slicefine.benchmarking.methods import Method
 from slicefine.benchmarking.results import Row
 from slicefine.benchmarking.saved_bytes import count
 from slicefine.benchmarking.settings import REFERENCES
@@ -24,7 +24,6 @@ from slicefine.benchmarking.speed import LEARNING_RATE
 from slicefine.benchmarking.timing import reason, release
 
 MIB = 2**20
-LORA8 = REFERENCES[1]
 STEPS = 2
 """Steps before memory is read: the first makes the moments, the second has them from the beginning."""
 
@@ -57,7 +56,7 @@ def memory(setup: Setup, methods: Sequence[Method]) -> tuple[list[Row], bool]:
     by_name = {row["method"]: row for row in rows}
     for row in rows:
         for part in ("saved MiB", "peak MiB"):
-            for reference in (FROZEN, LORA8):
+            for reference in REFERENCES:
                 row[f"{part} / {reference}"] = _over(row[part], by_name.get(reference, {}).get(part))
         row["not measured"] = row.pop("not measured")  # at the end
     return rows, interrupted

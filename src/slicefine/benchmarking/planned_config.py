@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto import modeling_auto
 
 from slicefine.benchmarking.models import BUILT_BY, CAUSAL_LM, IMAGE, MODELS, SMALL, TEXT, VIDEO
-from slicefine.errors import SliceFineError, did_you_mean, raise_all
+from slicefine.errors import SliceFineError, did_you_mean, first_line, raise_all
 from slicefine.training.hub import model_problem
 from slicefine.training.recipe import Recipe
 from slicefine.training.shipped import shipped
@@ -62,7 +62,7 @@ def read_config(name: str) -> Any:
             ) from error
         near = "" if Path(name).exists() else _near(name)
         raise SliceFineError(
-            f"transformers {transformers.__version__} cannot read the configuration of {name!r}: {first_line(error)}{near}"
+            f"transformers {transformers.__version__} cannot read the configuration of {name!r}: {first_line(error)}.{near}"
         ) from error
 
 
@@ -85,13 +85,6 @@ def _known(name: str) -> str:
 
 def _near(name: str) -> str:
     return did_you_mean(name, [*MODELS, *shipped()])
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, as a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    said = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
-    return f"{said.rstrip('.')}."
 
 
 def whole(recipe: Recipe, config: Any) -> Any:

@@ -21,11 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from slicefine.benchmarking.attaching import PEFT_TASKS
 from slicefine.benchmarking.fake_tensors import fake
 from slicefine.benchmarking.methods import Method
-from slicefine.benchmarking.planned_config import first_line
 from slicefine.benchmarking.planned_couplings import planned_couplings
 from slicefine.benchmarking.planned_model import Subject, logits_in_place, loss_of, prepare
 from slicefine.benchmarking.saved_bytes import StepMemory, count
-from slicefine.errors import SliceFineError, SliceFineWarning
+from slicefine.errors import SliceFineError, SliceFineWarning, first_line
 from slicefine.slicing import COUPLED, Region, Schedule, Shape, artifact_size
 from slicefine.training.recipe import Recipe
 from slicefine.tuner import SliceFineConfig, parameter_counts
@@ -163,7 +162,9 @@ def attached(of: Subject, method: str, device: str = "meta") -> nn.Module:
     except SliceFineError:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise SliceFineError(f"PEFT does not attach {method} to {of.config.model_type}: {first_line(error)}") from error
+        raise SliceFineError(
+            f"PEFT does not attach {method} to {of.config.model_type}: {first_line(error)}."
+        ) from error
 
 
 def _title(method: str, recipe: Recipe) -> str:
@@ -227,7 +228,7 @@ def step_memory(of: Subject, model: nn.Module, *, gpu: bool) -> StepMemory:
     except Exception as error:  # of the model's own code, which may raise anything
         raise UncountedError(
             f"The memory of {of.config.model_type} cannot be counted, for its graph does not run on tensors without values (where it depends on "
-            f"values, say): {first_line(error)} Measure a few steps: `slicefine train` with --training.max_steps 2."
+            f"values, say): {first_line(error)}. Measure a few steps: `slicefine train` with --training.max_steps 2."
         ) from error
 
 

@@ -19,8 +19,8 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 from slicefine.benchmarking.models import BUILT_BY, CAUSAL_LM, TEXT, VIDEO
-from slicefine.benchmarking.planned_config import first_line, settle
-from slicefine.errors import SliceFineError
+from slicefine.benchmarking.planned_config import settle
+from slicefine.errors import SliceFineError, first_line
 from slicefine.training.checkpointing import enable_checkpointing
 from slicefine.training.recipe import Recipe, SliceSettings
 from slicefine.training.tasks.text_classification import positions
@@ -114,7 +114,7 @@ class Subject:
         except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
             raise SliceFineError(
                 f"`model.name`: transformers builds no {made.__name__.removeprefix('Auto')} from the configuration of "
-                f"{self.recipe.model.name} ({self.config.model_type}): {first_line(error)}"
+                f"{self.recipe.model.name} ({self.config.model_type}): {first_line(error)}."
             ) from error
         return model.train()
 

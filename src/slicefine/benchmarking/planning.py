@@ -29,11 +29,11 @@ from slicefine.benchmarking.planned_cost import (
 )  # fmt: skip
 from slicefine.benchmarking.planned_model import Subject, subject
 from slicefine.errors import SliceFineError, SliceFineWarning
-from slicefine.kernel import cpu_threads
 from slicefine.slicing import COLUMN, ParameterCounts
 from slicefine.training.checkpointing import can_checkpoint
 from slicefine.training.recipe import Recipe
 from slicefine.training.run import planned_steps
+from slicefine.training.threads import cpu_threads
 from slicefine.tuner import parameter_counts
 from slicefine.tuner.base_layers import LINEAR_LAYERS
 from slicefine.tuner.inspection import tuned

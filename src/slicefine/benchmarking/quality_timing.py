@@ -33,8 +33,8 @@ from slicefine.benchmarking.timing import (
 )
 from slicefine.benchmarking.variants import Variant
 from slicefine.errors import SliceFineError
-from slicefine.kernel import cpu_threads
 from slicefine.training.record import commit, hardware, now, versions, write_atomically
+from slicefine.training.threads import cpu_threads
 
 WARMUP = 2
 COPIES = 4

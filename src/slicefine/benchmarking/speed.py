@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 import tempfile
@@ -14,7 +15,7 @@ from torch import nn
 
 from slicefine.benchmarking.attaching import PREFIXES, Attached, Counts
 from slicefine.benchmarking.counting import needed
-from slicefine.benchmarking.methods import FROZEN, SLICEFINE, Method
+from slicefine.benchmarking.methods import SLICEFINE, Method
 from slicefine.benchmarking.models import CAUSAL_LM
 from slicefine.benchmarking.results import Row
 from slicefine.benchmarking.settings import REFERENCES, Settings
@@ -37,7 +38,6 @@ EVERY_STEP = 1
 PROMPT = 32
 """Tokens before those that are generated."""
 BASE, ADAPTED, EXPORTED = "base", "adapted", "exported"
-LORA8 = REFERENCES[1]
 MOVE = "a move / training step"
 
 INTRO = """\
@@ -181,8 +181,8 @@ def _step_row(method: Method, counts: dict[str, Counts], measured: Measured, set
         "added": count and count.added,
         **_milliseconds(own),
     }
-    for reference, words in ((FROZEN, FROZEN), (LORA8, LORA8)):
-        row |= _ratio(own, measured.seconds.get(reference), words, measured.arrangement)
+    for reference in REFERENCES:
+        row |= _ratio(own, measured.seconds.get(reference), reference, measured.arrangement)
     of = setup.of
     units, word = (of.batch * of.length, "tokens/s") if of.length else (of.batch, "examples/s")
     row[word] = units / statistics.median(own) if own else None
@@ -218,7 +218,7 @@ def moves(
 
     On batches of one: the batch has no part in a move.
     """
-    setup = Setup(**vars(setup) | {"of": setup.of.resized("batch", 1), "compile": False})
+    setup = dataclasses.replace(setup, of=setup.of.resized("batch", 1), compile=False)
     sliding = [one for one in methods if one.kind == SLICEFINE]
     names = {(one.name, every): f"{one.name}, {every}" for one in sliding for every in (NEVER, EVERY_STEP)}
     builds: dict[str, Build] = {

@@ -9,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slicefine.benchmarking.methods import FROZEN, METHODS, SLICEFINE, method
+from slicefine.benchmarking.methods import FROZEN, METHODS, REFERENCE, SLICEFINE, method
 from slicefine.benchmarking.models import SMALL
-from slicefine.benchmarking.settings import REFERENCES
 
-LORA8 = REFERENCES[1]
 LARGE = "llama-3.2-3b"
 """The model whose batches of 4 x 768 tokens the targets for a GPU are set for."""
 JUDGED = tuple(name for name in METHODS if method(name).kind == SLICEFINE)
@@ -54,12 +52,12 @@ class Target:
 
 
 def _throughput(at_least: float) -> Target:
-    return Target(figure=f"throughput / {LORA8}", column=f"/ {LORA8}", at_least=at_least, inverted=True)
+    return Target(figure=f"throughput / {REFERENCE}", column=f"/ {REFERENCE}", at_least=at_least, inverted=True)
 
 
 STEP = Target(figure=f"step / {FROZEN}", column=f"/ {FROZEN}", at_most=1.05)
 MOVE = Target(figure="a move / step", column="a move / training step", at_most=1.0)
-PEAK = Target(figure=f"peak / {LORA8}", column=f"peak MiB / {LORA8}", at_most=0.80)
+PEAK = Target(figure=f"peak / {REFERENCE}", column=f"peak MiB / {REFERENCE}", at_most=0.80)
 
 
 def of_speed(model: str, *, gpu: bool, dtype: str, threads: int) -> list[Target]:

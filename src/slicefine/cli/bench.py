@@ -69,13 +69,17 @@ def _add_flags(parser: ArgumentParser, *, timed: bool) -> None:
     )
     if timed:
         parser.add_argument(
-            "--rounds", type=int, default=9, metavar="N", help="Timed rounds; a round is one step of every method"
+            "--rounds",
+            type=int,
+            default=Settings.rounds,
+            metavar="N",
+            help="Timed rounds; a round is one step of every method",
         )
-        parser.add_argument("--warmup", type=int, default=2, metavar="N", help="Untimed rounds before")
+        parser.add_argument("--warmup", type=int, default=Settings.warmup, metavar="N", help="Untimed rounds before")
         parser.add_argument(
             "--generate",
             type=int,
-            default=32,
+            default=Settings.generate,
             metavar="N",
             help="Tokens that language models generate when inference is timed; 0 = none",
         )
@@ -101,9 +105,9 @@ def _add_flags(parser: ArgumentParser, *, timed: bool) -> None:
         help="Choose the ranks of the others (those whose name does not give it) so that they train nearest to as many parameters "
         "as METHOD; null = the usual ranks",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, data and order")
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="Seed of weights, data and order")
     parser.add_argument(
-        "--output", type=str, default="runs/bench", metavar="DIR", help="Folder for the results: JSON, Markdown, SVG"
+        "--output", type=str, default=Settings.output, metavar="DIR", help="Folder for the results: JSON, Markdown, SVG"
     )
 
 

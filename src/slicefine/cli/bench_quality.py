@@ -47,12 +47,16 @@ def parser() -> ArgumentParser:
         metavar="RATE",
         help="Grid of every method, before `rate_scale` of a task; null = four for each kind of method, by what is usual for it",
     )
-    made.add_argument("--seeds", type=int, default=3, metavar="N", help="Final runs of each method on each task")
-    made.add_argument("--seed", type=int, default=0, help="The first seed, with which learning rates are chosen")
+    made.add_argument(
+        "--seeds", type=int, default=QualitySettings.seeds, metavar="N", help="Final runs of each method on each task"
+    )
+    made.add_argument(
+        "--seed", type=int, default=QualitySettings.seed, help="The first seed, with which learning rates are chosen"
+    )
     made.add_argument(
         "--steps",
         type=int,
-        default=500,
+        default=QualitySettings.steps,
         metavar="N",
         help="Optimizer steps of a final run, where the suite does not say it",
     )
@@ -65,21 +69,21 @@ def parser() -> ArgumentParser:
     made.add_argument(
         "--evaluations",
         type=int,
-        default=8,
+        default=QualitySettings.evaluations,
         metavar="N",
         help="Scores in the course of a final run, on the examples that choose",
     )
     made.add_argument(
         "--held_out",
         type=float,
-        default=0.1,
+        default=QualitySettings.held_out,
         metavar="SHARE",
         help="Share of the training examples that choose, where a task has no split for it; they are not trained on",
     )
     made.add_argument(
         "--rounds",
         type=int,
-        default=9,
+        default=QualitySettings.rounds,
         metavar="N",
         help="Timed rounds, before all else, of a step of every method; 0 = no times",
     )
@@ -95,10 +99,18 @@ def parser() -> ArgumentParser:
         "as METHOD; null = the usual ranks",
     )
     made.add_argument(
-        "--cells", type=str, default="runs/quality", metavar="DIR", help="Folder of finished runs; none is made twice"
+        "--cells",
+        type=str,
+        default=QualitySettings.cells,
+        metavar="DIR",
+        help="Folder of finished runs; none is made twice",
     )
     made.add_argument(
-        "--output", type=str, default="runs/bench", metavar="DIR", help="Folder for the results: JSON, Markdown, SVG"
+        "--output",
+        type=str,
+        default=QualitySettings.output,
+        metavar="DIR",
+        help="Folder for the results: JSON, Markdown, SVG",
     )
     made.add_argument(
         "--board",

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from slicefine.cli.page import say, write_page
 from slicefine.cli.quiet import quiet
-from slicefine.errors import SliceFineError, listed
+from slicefine.errors import SliceFineError, first_line, listed
 from slicefine.training import schema
 from slicefine.training.extras import require_train
 from slicefine.training.recipe import Recipe
@@ -84,7 +84,7 @@ def _count_memory(recipe: Recipe, record: RunRecord) -> None:
     try:
         run_memory.write(recipe.resolved(), record)
     except Exception as error:  # the run is finished and saved; a model that cannot be planned has no memory by part
-        say(f"The report has no memory by part: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        say(f"The report has no memory by part: {first_line(error)}.")
 
 
 def _file(name: str) -> Path:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slicefine.errors import SliceFineError
+from slicefine.errors import SliceFineError, first_line
 from slicefine.evaluation import models, results
 from slicefine.evaluation.models import Source
 from slicefine.evaluation.results import Results
@@ -109,7 +109,7 @@ def ask(
         )
     except OSError as error:  # an unreachable hub, a data set that is not there
         raise SliceFineError(
-            f"lm-evaluation-harness did not load its test sets: {str(error).splitlines()[0].rstrip('.')}. Check the network."
+            f"lm-evaluation-harness did not load its test sets: {first_line(error)}. Check the network."
         ) from error
     assert found is not None  # only a process other than the first gets None
     names = {ours: theirs if isinstance(theirs, str) else theirs["task"] for ours, theirs in tasks.items()}

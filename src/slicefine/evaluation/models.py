@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from slicefine.errors import SliceFineError
+from slicefine.errors import SliceFineError, first_line
 from slicefine.evaluation.settings import Settings
 from slicefine.evaluation.suites import LABELLED, SUITES
 from slicefine.training import record as records
@@ -261,4 +261,4 @@ def context_length(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | Non
 def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it comes with code of its own, which is not run here."
-    return str(error).splitlines()[0]
+    return f"{first_line(error)}."

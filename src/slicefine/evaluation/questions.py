@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slicefine.errors import SliceFineError, did_you_mean, raise_all
+from slicefine.errors import SliceFineError, did_you_mean, first_line, raise_all
 from slicefine.evaluation.converters import HUB_SETS, HubSet
 from slicefine.evaluation.scoring import gold_problem
 from slicefine.evaluation.suites import Task
@@ -127,10 +127,9 @@ def _load(source: HubSet, split: str) -> Any:
         )
     # An unreachable hub, an unknown name, subset or split, a script: `datasets` and the HTTP library raise all kinds.
     except Exception as error:
-        said = (str(error).splitlines() or [repr(error)])[0].rstrip(".")
         raise SliceFineError(
             f"the data set {source.name!r} (subset {source.subset or source.data_dir!r}, split {split!r}) of the hub did not "
-            f"load: {said}. Check the network, or give files with --data."
+            f"load: {first_line(error)}. Check the network, or give files with --data."
         ) from error
 
 

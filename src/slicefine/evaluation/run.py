@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
+from slicefine.errors import SliceFineError, SliceFineWarning, listed, raise_all
 from slicefine.evaluation import classification, contamination, models, questions, results, scoring
 from slicefine.evaluation.answers import Answer, Answers
 from slicefine.evaluation.contamination import Contamination, TrainingSet
@@ -130,8 +130,7 @@ def _refuse_too_long(tokens: dict[Key, Ids], context: int | None, settings: Sett
     too_long = sorted((len(ids), key) for key, ids in tokens.items() if len(ids) + answer > context)[::-1]
     if not too_long:
         return
-    named = ", ".join(f"{task}, row {row}: {length} tokens" for length, (task, row) in too_long[:SHOWN])
-    more = f", and {len(too_long) - SHOWN} more" if len(too_long) > SHOWN else ""
+    named = listed((f"{task}, row {row}: {length} tokens" for length, (task, row) in too_long), SHOWN)
     longest = context - too_long[0][0]
     fix = (
         f"--max_new_tokens {longest} would fit; shorter answers may be cut before their end."
@@ -140,7 +139,7 @@ def _refuse_too_long(tokens: dict[Key, Ids], context: int | None, settings: Sett
     )
     raise SliceFineError(
         f"A prompt and its answer of up to {answer} tokens fit into the model's context of {context} tokens; {len(too_long)} "
-        f"of {len(tokens)} do not ({named}{more}). {fix}"
+        f"of {len(tokens)} do not ({named}). {fix}"
     )
 
 

@@ -56,11 +56,11 @@ def gold_problem(task: Task, gold: object) -> str | None:
     return None if finite else f"the answer is a number; got {gold!r}"
 
 
-def wilson(right: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson, 1927), ends from 0 to 1; the whole range if `total` is 0."""
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson, 1927), 95 %, ends from 0 to 1; the whole range if `total` is 0."""
     if not total:
         return 0.0, 1.0
-    z2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+    z2 = NormalDist().inv_cdf(0.975) ** 2
     centre = (right + z2 / 2) / (total + z2)
     half = math.sqrt(z2 * (right * (total - right) / total + z2 / 4)) / (total + z2)
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -70,10 +70,6 @@ class _SliceConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         begin_backward(ctx.check)
-        return _SliceConv._gradients(ctx, g)
-
-    @staticmethod
-    def _gradients(ctx, g):
         w_OJK, kept, index_R = ctx.saved_tensors
         geometry = ctx.geometry
         dx = d_master = d_bias = None

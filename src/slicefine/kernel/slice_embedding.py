@@ -38,10 +38,6 @@ class _SliceEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         begin_backward(ctx.check)
-        return _SliceEmbedding._gradients(ctx, g)
-
-    @staticmethod
-    def _gradients(ctx, g):
         ids, index_R = ctx.saved_tensors
         ids_T, g_TF = ids.reshape(-1), g.reshape(-1, g.shape[-1])
         shape, dtype = ctx.master_like

@@ -88,12 +88,8 @@ class _SliceExperts(torch.autograd.Function):
         return way.forward(x_SI, w, places)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g_SO):
         begin_backward(ctx.check)
-        return _SliceExperts._gradients(ctx, g)
-
-    @staticmethod
-    def _gradients(ctx, g_SO):
         w, kept, places, index_R = ctx.saved_tensors
         dx = d_master = None
         if w is not None:

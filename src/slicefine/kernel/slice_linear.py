@@ -56,10 +56,6 @@ class _SliceLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         begin_backward(ctx.check)
-        return _SliceLinear._gradients(ctx, g)
-
-    @staticmethod
-    def _gradients(ctx, g):
         w_OI, kept, index_R = ctx.saved_tensors
         g_TO = g.reshape(-1, g.shape[-1])
         dx = d_master = d_bias = None

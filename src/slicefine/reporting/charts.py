@@ -95,7 +95,7 @@ def grid(figure: Figure, panels: int, columns: int, **settings: Any) -> list[Axe
     return axes[:panels]
 
 
-def name_axes(axis: Axes, over: str, label: str, *, loc: Any = "right") -> None:
+def name_axes(axis: Axes, over: str, label: str) -> None:
     """Name what is drawn: below at the right, and above at the left, where it can be read without turning one's head."""
     from matplotlib.ticker import MaxNLocator
 
@@ -103,7 +103,7 @@ def name_axes(axis: Axes, over: str, label: str, *, loc: Any = "right") -> None:
     if isinstance(axis.yaxis.get_major_locator(), MaxNLocator):
         axis.locator_params(axis="y", nbins=5)
     if over:
-        axis.set_xlabel(over, loc=loc)
+        axis.set_xlabel(over, loc="right")
 
 
 def logarithmic(axis: Axes, which: str) -> None:
@@ -158,7 +158,6 @@ def lines(
     words: str,
     over: str,
     log_x: bool = False,
-    log_y: bool = False,
     shares: bool = False,
     counted: bool = False,
     level: tuple[str, float] | None = None,
@@ -180,8 +179,6 @@ def lines(
                 axis.axhline(level[1], color=INK, linewidth=1, linestyle=(0, (4, 3)))
             if log_x:
                 logarithmic(axis, "x")
-            if log_y:
-                logarithmic(axis, "y")
             if shares:
                 percents(axis, "y")
             if counted and not log_x:

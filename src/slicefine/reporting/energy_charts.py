@@ -74,9 +74,9 @@ def curve(layer: Found, form: str) -> list[tuple[float, float]]:
     return [(float(at), float(share)) for at, share in found if at > 0]
 
 
-def k_of(layer: Found, tau: str, form: str = "without") -> int | None:
-    """How many directions hold the share `tau` of the variance; the few outlier features left out, or `with` them."""
-    return (((layer.get("variance") or {}).get(form) or {}).get("k") or {}).get(tau)
+def k_of(layer: Found, tau: str) -> int | None:
+    """How many directions hold the share `tau` of the variance, the few outlier features left out."""
+    return (((layer.get("variance") or {}).get("without") or {}).get("k") or {}).get(tau)
 
 
 def ranks_of_layers(layers: Sequence[Found], untrained: Sequence[Found]) -> Chart:

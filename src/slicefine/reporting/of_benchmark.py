@@ -144,7 +144,7 @@ def _tables(tables: Sequence[Mapping[str, Any]]) -> list[Section]:
         if not rows:
             continue
         blocks: list[Block] = []
-        if chart := ratios(f"table-{number}", one["title"], rows) or averages(f"table-{number}", rows):
+        if chart := ratios(f"table-{number}", rows) or averages(f"table-{number}", rows):
             blocks.append(chart)
         title = f"All {len(rows)} rows" if len(rows) > LONG else ""
         blocks.append(table(title, rows, folded=len(rows) > LONG))
@@ -163,7 +163,7 @@ LEGEND = [
 ]
 
 
-def ratios(key: str, title: str, rows: Sequence[Mapping[str, Any]], group: str = "") -> Chart | None:
+def ratios(key: str, rows: Sequence[Mapping[str, Any]]) -> Chart | None:
     """Ratios to the frozen limit; None where there is no such column."""
     column = ratio_column(rows)
     named = next((name for name in ("method", "model") if rows and name in rows[0]), None)
@@ -176,7 +176,6 @@ def ratios(key: str, title: str, rows: Sequence[Mapping[str, Any]], group: str =
             low=finite(row.get(f"{column}, min")),
             high=finite(row.get(f"{column}, max")),
             colour=_colour(row[named]),
-            group=group,
             words=decimal(value),
         )
         for row in rows

@@ -70,22 +70,22 @@ def count(value: Any) -> str:
     return DASH if number is None else f"{round(number):,}"
 
 
-def percent(value: Any, digits: int | None = None) -> str:
+def percent(value: Any) -> str:
     """A share, 0 to 1, as `93.0 %`; small ones with two digits that tell."""
     number = finite(value)
     if number is None:
         return DASH
     points = 100 * number
-    if digits is None and 0 < abs(points) < 1:
+    if 0 < abs(points) < 1:
         return f"{points:.2g}{NO_BREAK}%"
-    return f"{points:.{1 if digits is None else digits}f}{NO_BREAK}%"
+    return f"{points:.1f}{NO_BREAK}%"
 
 
-def interval(ends: Any, digits: int = 1) -> str:
+def interval(ends: Any) -> str:
     """Two shares as `91.2 to 94.1 %`; a dash if there are not two."""
     if not isinstance(ends, Sequence) or len(ends) != 2 or None in (finite(ends[0]), finite(ends[1])):
         return DASH
-    return f"{100 * ends[0]:.{digits}f} to {100 * ends[1]:.{digits}f}{NO_BREAK}%"
+    return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}{NO_BREAK}%"
 
 
 def duration(seconds: Any) -> str:

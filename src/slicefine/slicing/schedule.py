@@ -83,7 +83,7 @@ class Schedule:
         return found
 
     def moves(self, step: int) -> int:
-        """Number of moves made in the first `step` optimizer steps; not by a slice that is `confined`."""
+        """Number of moves made in the first `step` optimizer steps, where the slice is not `confined`."""
         return 0 if self.slide_every is None else self.own(step) // self.slide_every
 
     def active(self, step: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from slicefine.errors import SliceFineError
+from slicefine.errors import SliceFineError, listed
 from slicefine.training.random_state import RandomState
 
 SHOWN = 3
@@ -149,10 +149,9 @@ def not_finite(trainer: CheckedTrainer, batch: dict[str, Any], loss: Tensor) -> 
         return f"all gradients are finite, but the norm of all of them together is not (loss {loss.item():.4g})."
     # Gradients come from the loss, so what is bad in one layer is bad in those before it.
     first = list(dict.fromkeys(reversed(layers)))
-    more = f" and {len(first) - SHOWN} more" if len(first) > SHOWN else ""
     return (
         f"the loss is {loss.item():.4g}, and the gradient is NaN or Inf in {len(first)} layers, from the loss on: "
-        f"{', '.join(first[:SHOWN])}{more}."
+        f"{listed(first, SHOWN)}."
     )
 
 

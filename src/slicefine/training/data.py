@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicefine.errors import SliceFineError, did_you_mean, listed
+from slicefine.errors import SliceFineError, did_you_mean, first_line, listed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -289,7 +289,7 @@ def _parquet(path: Path, columns: Columns, problems: list[str]) -> Rows:
                 number += 1
                 yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        problems.append(f"{path}: not a complete Parquet file ({str(error).splitlines()[0]}).")
+        problems.append(f"{path}: not a complete Parquet file ({first_line(error)}).")
 
 
 def load_hub(source: str, columns: Columns, subset: str | None, split: str) -> Dataset:
@@ -306,7 +306,7 @@ def load_hub(source: str, columns: Columns, subset: str | None, split: str) -> D
         part = f"split {split!r}" if subset is None else f"subset {subset!r}, split {split!r}"
         raise SliceFineError(
             f"{source!r} is no file here (a data file ends in {', '.join(SUFFIXES)}) and no folder, and as a data set of the "
-            f"hub ({part}) it did not load: {(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}.{near(source)}"
+            f"hub ({part}) it did not load: {first_line(error)}.{near(source)}"
         ) from error
     assert isinstance(dataset, datasets.Dataset)
     if missing := _missing(columns, dataset.column_names):

@@ -133,8 +133,7 @@ def say_ranks(source: Source, found: Factors, say: Callable[[str], None], *, dro
     extra = list(_biases_and_heads(source))
     if drop and extra:
         warnings.warn(
-            f"The LoRA adapter is not the whole of what was trained. Left out, as asked: {', '.join(extra[:5])}"
-            f"{f' and {len(extra) - 5} more' if len(extra) > 5 else ''}.",
+            f"The LoRA adapter is not the whole of what was trained. Left out, as asked: {listed(extra, 5)}.",
             SliceFineWarning,
             stacklevel=2,
         )

@@ -43,7 +43,7 @@ from transformers.core_model_loading import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from slicefine.errors import SliceFineError, raise_all
+from slicefine.errors import SliceFineError, first_line, listed, raise_all
 from slicefine.kernel import vectors
 from slicefine.slicing import SLICE_AXES
 from slicefine.tuner import SliceFineConfig, artifact
@@ -130,8 +130,8 @@ class Trained:
         bad = [key for key in self.tensors.file_of if not _finite(self.tensors.read(key))]
         if bad:
             raise SliceFineError(
-                f"Only finite values are exported; {self.tensors.file_of[bad[0]]} has NaN or Inf in {', '.join(bad[:5])}"
-                f"{', ...' if len(bad) > 5 else ''}. Train again with a lower learning rate or gradient clipping."
+                f"Only finite values are exported; {self.tensors.file_of[bad[0]]} has NaN or Inf in {listed(bad, 5)}. "
+                "Train again with a lower learning rate or gradient clipping."
             )
 
     def layer(self, name: str, weight: Tensor, *, bias: bool) -> artifact.LayerValues:
@@ -353,7 +353,7 @@ def _not_loaded(name: str | None, adapter: Path, error: Exception) -> SliceFineE
             f"The model in {adapter} comes with code of its own, which is not run unasked. Read it, then allow it with --trust_remote_code."
         )
     return SliceFineError(
-        f"The base model {name!r}, which {adapter / 'adapter_config.json'} names, did not load: {(str(error).splitlines() or [error])[0]} Put it "
+        f"The base model {name!r}, which {adapter / 'adapter_config.json'} names, did not load: {first_line(error)}. Put it "
         "back there, or write its new place into the file."
     )
 

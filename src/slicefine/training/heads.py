@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from slicefine.errors import SliceFineError, listed, raise_all
+from slicefine.errors import SliceFineError, first_line, listed, raise_all
 from slicefine.training.recipe import ModelSettings
 
 
@@ -52,12 +53,20 @@ def load_classifier(
             trust_remote_code=False,
         )
     except ImportError as error:  # of flash attention
-        raise SliceFineError(f"`model.attn_implementation`: {str(error).splitlines()[0]}") from error
+        raise SliceFineError(f"`model.attn_implementation`: {first_line(error)}.") from error
     except (OSError, ValueError) as error:
         raise SliceFineError(why_not(error)) from error
     check({key: tuple(made) for key, _, made in report["mismatched_keys"]})
     notes = replaced_head(report, settings.name, config.num_labels or 0) or _kept_head(settings.name, config)
     return Classifier(model, _trained_in_full(model, report), notes)
+
+
+def load_base_classifier(auto: Any, name: str, folder: Path) -> PreTrainedModel:
+    """The model `name` by the class `auto`, with the head and the dtype that `config.json` in `folder` says."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return auto.from_pretrained(
+        name, config=config, dtype=config.dtype, ignore_mismatched_sizes=True, trust_remote_code=False
+    )
 
 
 def new_modules(report: dict[str, Any]) -> list[str]:

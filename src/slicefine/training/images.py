@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from slicefine.errors import SliceFineError
+from slicefine.errors import SliceFineError, first_line
 from slicefine.training.media import opened
 from slicefine.training.media_sources import Item, Kind
 
@@ -101,8 +101,7 @@ def _why(item: Item, error: Exception) -> str:
         return f"it is empty. {AGAIN}."
     if isinstance(error, Image.UnidentifiedImageError):
         return "it is not an image that Pillow can read. Save it as PNG or JPEG, or remove it."
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"it is damaged or cut short ({said}). {AGAIN}."
+    return f"it is damaged or cut short ({first_line(error)}). {AGAIN}."
 
 
 # ---------------------------------------------------------------- augmentation

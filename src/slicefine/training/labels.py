@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slicefine.errors import NAMED, SliceFineError, raise_all
+from slicefine.errors import SliceFineError, listed, raise_all
 from slicefine.training.data import Table, shorten
 from slicefine.training.metrics import scores as _scores_of_names
 
@@ -180,5 +180,4 @@ def _shown(label: Any) -> str:
 
 
 def _note(what: str, classes: list[str]) -> list[str]:
-    more = f" and {len(classes) - NAMED} more" if len(classes) > NAMED else ""
-    return [f"Classes {what}: {', '.join(map(repr, classes[:NAMED]))}{more}."] if classes else []
+    return [f"Classes {what}: {listed(map(repr, classes))}."] if classes else []

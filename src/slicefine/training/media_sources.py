@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slicefine.errors import NAMED, SliceFineError, did_you_mean, raise_all
+from slicefine.errors import SliceFineError, did_you_mean, listed, raise_all
 from slicefine.training.data import SPLITS, SUFFIXES, Table, hub_table, load_hub, names_a_split, read_table, shorten
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Item = Path | bytes
 """An image or a clip: its file, or the content of one."""
-"""Names of a split, and those that mean the same."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +163,9 @@ def _folder(root: Path, data: DataSettings, kind: Kind) -> MediaTable:
     if not classes:
         near = [name for name in loose if Path(name).suffix.lower() in SUFFIXES]
         table = f" If {near[0]} names the {kind.noun}s and their labels, set `data.train` to it." if near else ""
-        raise SliceFineError(f"Data: {root} has files ({_named(loose)}) and no class folder. The {wanted}.{table}")
+        raise SliceFineError(f"Data: {root} has files ({listed(loose)}) and no class folder. The {wanted}.{table}")
     problems = [
-        f"{root} has {kind.noun}s beside the class folders, of no class: {_named(stray)}. Move them into one, or away."
+        f"{root} has {kind.noun}s beside the class folders, of no class: {listed(stray)}. Move them into one, or away."
         for stray in [[name for name in loose if Path(name).suffix.lower() in kind.suffixes]]
         if stray
     ]
@@ -175,11 +174,11 @@ def _folder(root: Path, data: DataSettings, kind: Kind) -> MediaTable:
         within = _visible(folder)
         if deeper := [path.name for path in within if path.is_dir()]:
             problems.append(
-                f"the class folder {folder} has folders in it ({_named(deeper)}); a class has files alone. If {root.name} holds "
+                f"the class folder {folder} has folders in it ({listed(deeper)}); a class has files alone. If {root.name} holds "
                 "splits, name the one to train on with `data.train_split`."
             )
         elif not any(_is_media(path, kind) for path in within):
-            what = "is empty" if not within else f"has no {kind.noun} ({_named([path.name for path in within])})"
+            what = "is empty" if not within else f"has no {kind.noun} ({listed([path.name for path in within])})"
             problems.append(f"the class folder {folder} {what}. Fill it, or remove it.")
         files += within
     raise_all(shorten(problems), "Data")
@@ -199,7 +198,7 @@ def _folder(root: Path, data: DataSettings, kind: Kind) -> MediaTable:
             for row, path in enumerate(files)
             if not _is_media(path, kind)
         },
-        notes=[f"{root}: files beside the class folders are not used: {_named(others)}."] if others else [],
+        notes=[f"{root}: files beside the class folders are not used: {listed(others)}."] if others else [],
         has_columns=False,
     )
 
@@ -210,10 +209,6 @@ def _visible(folder: Path) -> list[Path]:
 
 def _is_media(path: Path, kind: Kind) -> bool:
     return path.suffix.lower() in kind.suffixes
-
-
-def _named(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _fingerprint(names: list[str], files: Sequence[Path | None], start: str = "") -> str:

@@ -26,7 +26,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from slicefine.errors import SliceFineError, did_you_mean, raise_all
+from slicefine.errors import SliceFineError, did_you_mean, first_line, raise_all
 from slicefine.training import folder as folders
 from slicefine.training import frozen_limit, history, movement
 from slicefine.training import record as records
@@ -118,7 +118,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
     except BaseException as error:
         record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         if record.status == "failed":
-            record.error = (str(error) or type(error).__name__).splitlines()[0]
+            record.error = first_line(error)
         raise
     finally:
         record.ended = records.now()

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from slicefine.errors import SliceFineError, by_text, raise_all
+from slicefine.errors import SliceFineError, by_text, first_line, raise_all
 from slicefine.slicing import SLICE_AXES, Region, Schedule, Shape
 from slicefine.tuner.seal import Seal, bytes_of
 
@@ -104,7 +104,7 @@ def locate(folder: str | os.PathLike[str], subfolder: str | None, **download: An
             return Path(hf_hub_download(str(folder), SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download))
         except LocalEntryNotFoundError as error:
             raise SliceFineError(
-                f"{SAFETENSORS_WEIGHTS_NAME} of {folder} is not in the cache, and the hub cannot be reached: {str(error).splitlines()[0]} A pickle is never opened."
+                f"{SAFETENSORS_WEIGHTS_NAME} of {folder} is not in the cache, and the hub cannot be reached: {first_line(error)}. A pickle is never opened."
             ) from error
         except EntryNotFoundError as error:
             raise SliceFineError(

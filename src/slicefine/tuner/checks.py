@@ -104,8 +104,8 @@ def check_finite(model: nn.Module, adapter_names: list[str]) -> None:
     ]
     if bad:
         raise SliceFineError(
-            f"Only finite values are merged; {len(bad)} layers have NaN or Inf in what was trained: {', '.join(bad[:5])}"
-            f"{', ...' if len(bad) > 5 else ''}. Nothing was merged. Train again with a lower learning rate or gradient clipping, or "
+            f"Only finite values are merged; {len(bad)} layers have NaN or Inf in what was trained: {listed(bad, 5)}. "
+            "Nothing was merged. Train again with a lower learning rate or gradient clipping, or "
             "`unload()` to get the base model back."
         )
 

@@ -7,7 +7,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from slicefine.errors import SliceFineError
-from slicefine.slicing import ParameterCounts, Slice, active_size, touched_size
+from slicefine.slicing import SLICE_AXES, ParameterCounts, Slice, active_size, touched_size
 from slicefine.tuner.artifact import PEFT_ROOT
 from slicefine.tuner.layer import SliceLayer
 from slicefine.tuner.targets import weight_name
@@ -24,7 +24,10 @@ def active_slices(model: nn.Module) -> dict[str, Slice]:
 
 
 def touched_slices(model: nn.Module) -> dict[str, list[Slice]]:
-    """Target name -> the distinct slices that optimizer steps have trained, in the order of their first training."""
+    """Target name -> the distinct slices that optimizer steps have trained, in the order of their first training.
+
+    Raises `SliceFineError` if `model` has no slicefine layer.
+    """
     found = {}
     for name, layer, adapter in tuned(model):
         state = layer.slicefine_state[adapter]
@@ -41,11 +44,12 @@ def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCou
     Args:
         model: A model with slicefine layers, as a `PeftModel` or with the adapter injected.
         steps: Length of the run in optimizer steps, for `planned`.
+
+    Raises `SliceFineError` if `model` has no slicefine layer, or `steps` is negative.
     """
     if steps is not None and steps < 0:
         raise SliceFineError(f"`steps` is the length of a run in optimizer steps, at least 0; got {steps}.")
     active = touched = planned = 0
-    masters: set[int] = set()
     for _, layer, adapter in tuned(model):
         state = layer.slicefine_state[adapter]
         schedule = state.schedule
@@ -53,30 +57,19 @@ def parameter_counts(model: nn.Module, steps: int | None = None) -> ParameterCou
         active += active_size(schedule, layer.shape, state.step) + (0 if state.resting else bias)
         touched += touched_size(schedule, layer.shape, state.step) + (bias if schedule.own(state.step) else 0)
         planned += touched_size(schedule, layer.shape, steps or 0) + (bias if schedule.own(steps or 0) else 0)
-    for module in model.modules():
-        if isinstance(module, SliceLayer):
-            masters |= {id(p) for name in module.adapter_layer_names for p in getattr(module, name).parameters()}
-    heads = {
-        id(p): p
-        for m in model.modules()
-        if isinstance(m, AuxiliaryTrainingWrapper)
-        for p in m.parameters()
-        if p.requires_grad
-    }
-    replaced = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()} - {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, AuxiliaryTrainingWrapper)
-        for p in m.original_module.parameters()
-    }
-    total = sum(p.numel() for p in model.parameters() if id(p) not in masters | replaced)
+    layers = [module for module in model.modules() if isinstance(module, SliceLayer)]
+    masters = {p for m in layers for name in m.adapter_layer_names for p in getattr(m, name).parameters()}
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    wrapped = {p for m in wrappers for p in m.parameters()}
+    originals = {p for m in wrappers for p in m.original_module.parameters()}
+    added = masters | (wrapped - originals)
     return ParameterCounts(
         active=active,
         touched=touched,
         planned=None if steps is None else planned,
         added=0,
-        total=total,
-        modules_to_save=sum(p.numel() for p in heads.values()),
+        total=sum(p.numel() for p in model.parameters() if p not in added),
+        modules_to_save=sum(p.numel() for p in wrapped if p.requires_grad),
     )
 
 
@@ -98,7 +91,7 @@ def unmoved(model: nn.Module) -> list[str]:
     still = []
     for name, layer, adapter in tuned(model):
         region = layer.region(adapter)
-        pairs = [(axis, region.along(axis)) for axis in ("row", "column") if region.along(axis)]
+        pairs = [(axis, region.along(axis)) for axis in SLICE_AXES if region.along(axis)]
         if pairs and all(
             torch.equal(layer.trained_values(adapter, *pair), layer.original_values(adapter, *pair)) for pair in pairs
         ):

@@ -389,8 +389,13 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         adapter: Any = self._installed
         base = modules["base_layer"]
         weight = base._parameters["weight"]
-        if args or kwargs or weight.requires_grad:
-            self.refuse_call(len(args), sorted(kwargs))
+        if weight.requires_grad:
+            self.refuse_trained_base()
+        if args or kwargs:
+            raise SliceFineError(
+                f"{self.name}: {type(self).__name__} is called with the input alone while it trains; got {len(args)} more arguments and "
+                f"{sorted(kwargs)}. Mixed batches of several adapters are not supported."
+            )
         return compute(
             base,
             x,
@@ -418,17 +423,12 @@ class SliceLayer(nn.Module, BaseTunerLayer):
             guards.warn_of_no_end(self)
         return y
 
-    def refuse_call(self, more: int, named: list[str]) -> None:
-        """Say why `forward` cannot train this way: further arguments, or a base weight that is trained as well."""
+    def refuse_trained_base(self) -> None:
+        """Say why `forward` cannot train while the base weight wants a gradient."""
         if type(self.place.stored) is not nn.Parameter:
             raise SliceFineError(
                 f"{self.name}: its weight has been made a piece of something larger, as FSDP does, which is not supported yet. Use plain data "
                 "parallelism (DDP), or one device."
-            )
-        if more or named:
-            raise SliceFineError(
-                f"{self.name}: {type(self).__name__} is called with the input alone while it trains; got {more} more arguments and "
-                f"{named}. Mixed batches of several adapters are not supported."
             )
         raise SliceFineError(
             f"{self.name}: a weight is trained by its slice or as a whole, not both: the base weight of this layer "
@@ -459,7 +459,7 @@ class SliceLayer(nn.Module, BaseTunerLayer):
         master = self.slicefine_weight[adapter]
         self.followed = None if master.is_inference() else master._version
 
-    def count(self, adapter: str) -> bool:
+    def count_step(self, adapter: str) -> bool:
         """An optimizer step was made; returns whether the slice has to move. One as wide as its weight stays."""
         state = self.slicefine_state[adapter]
         state.step += 1

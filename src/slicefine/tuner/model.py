@@ -15,7 +15,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import ModulesToSaveWrapper, _get_submodules
 from torch import Tensor, nn
 
-from slicefine.errors import SliceFineError, SliceFineWarning, raise_all
+from slicefine.errors import SliceFineError, SliceFineWarning, listed, raise_all
 from slicefine.slicing import COUPLED, SLICE_AXES
 from slicefine.tuner import artifact, checks, coupling, depth, notices, targets
 from slicefine.tuner.arrival import Arrival
@@ -29,7 +29,7 @@ from slicefine.tuner.seal import Seal
 
 
 class SliceFineModel(BaseTuner):
-    """A base model whose targeted linear layers train one sliding slice each.
+    """A base model whose targeted weights train one sliding slice each.
 
     Args:
         model: The base model, changed in place.
@@ -75,8 +75,9 @@ class SliceFineModel(BaseTuner):
         if targets.names_all_linear(config) and (config.layers_to_transform is not None or config.modules_to_save):
             # PEFT heeds the blocks only for layers that are given by suffix, and would slice what it is to train in full.
             config.target_modules = sorted(name for name, place in found.items() if targets.base_place(place).is_layer)
-        notices.warn_of_adjustments(config, found)
-        notices.warn_of_experts(model, config)
+        if config.seals is None:  # what is loaded was said when it was made
+            notices.warn_of_adjustments(config, found)
+            notices.warn_of_experts(model, config)
         self.peft_config[adapter_name] = config
         self._arrival = Arrival(self, adapter_name) if config.seals is not None else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -263,7 +264,7 @@ class SliceFineModel(BaseTuner):
             seals[artifact.bare(name)] = str(seal)
         if bad := checks.unfinite(layers, adapter_name):
             warnings.warn(
-                f"The adapter is saved with NaN or Inf in {len(bad)} layers ({', '.join(bad[:3])}, ...), and will be refused when it is "
+                f"The adapter is saved with NaN or Inf in {len(bad)} layers ({listed(bad)}), and will be refused when it is "
                 "loaded or merged. Go back to an earlier checkpoint, and lower the learning rate or clip gradients.",
                 SliceFineWarning,
                 stacklevel=2,

@@ -19,7 +19,7 @@ MANY_EXPERTS = 0.1
 
 def warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> None:
     narrow = targets.clamped(found, config)
-    if narrow and config.seals is None:
+    if narrow:
         shapes = listed((f"{name} {shape}" for name, shape in narrow.items()), SHOWN)
         warnings.warn(
             f"r={config.r} is more than some weights have rows or columns; their slices are as wide as the weight: {shapes}.",
@@ -27,7 +27,7 @@ def warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> Non
             stacklevel=2,
         )
     heads = [name for name in found if name in SEQ_CLS_HEAD_NAMES]
-    if heads and targets.names_all_linear(config) and config.seals is None:
+    if heads and targets.names_all_linear(config):
         warnings.warn(
             f"The head {heads[0]!r} is sliced like any other layer. If it is new, its random values are in no file and the adapter will "
             f"fit no other copy of the model: train it in full with modules_to_save={heads!r}, or say what the model is for with "
@@ -36,7 +36,7 @@ def warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> Non
             stacklevel=2,
         )
     lonely = coupling.uncoupled(list(found), config)
-    if lonely and config.seals is None:
+    if lonely:
         hint = " Random tokens or images do not reach every layer (a vision tower, say); a batch of yours may: "
         hint += "`config.couplings = slicefine.couplings(model, config, batch)`."
         warnings.warn(
@@ -45,7 +45,7 @@ def warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> Non
             SliceFineWarning,
             stacklevel=2,
         )
-    if config.axis == ALTERNATE and config.slide_every is None and config.seals is None:
+    if config.axis == ALTERNATE and config.slide_every is None:
         warnings.warn(
             "axis='alternate' changes the axis at every move, and slide_every=None never moves: only rows will be trained. "
             "Set axis='row' or axis='column', or a number of steps for slide_every.",
@@ -56,7 +56,7 @@ def warn_of_adjustments(config: SliceFineConfig, found: dict[str, Place]) -> Non
 
 def warn_of_experts(model: nn.Module, config: SliceFineConfig) -> None:
     """Most of a mixture of experts may be in parameters that are no layers, and so are not among all linear layers."""
-    if not targets.names_all_linear(config) or config.target_parameters or config.seals is not None:
+    if not targets.names_all_linear(config) or config.target_parameters:
         return
     of_layers = {id(p) for m in model.modules() if isinstance(m, BASE_LAYERS) for p in m.parameters()}
     experts = {

@@ -28,7 +28,7 @@ class SliceParameter(SliceLayer):
         if not self.trains_now():
             return self.watched(self.base_layer(*args, **kwargs))
         if self.place.stored.requires_grad:
-            self.refuse_call(0, [])
+            self.refuse_trained_base()
         with self._in_place():
             return self.base_layer(*args, **kwargs)
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slicefine.errors import SliceFineError
+from slicefine.errors import SliceFineError, first_line
 from slicefine.slicing import COLUMN, ROW, Layout
 from slicefine.tuner.base_layers import CONVOLUTIONS
 from slicefine.tuner.layer import SliceLayer
@@ -107,7 +107,7 @@ class Probe:
             except Exception as error:
                 raise SliceFineError(
                     f"axis='coupled' finds partners by a forward pass, which failed: {type(error).__name__}: "
-                    f"{(str(error).splitlines() or [''])[0].rstrip('.')}. Find them with a batch that {type(self._model).__name__} takes: "
+                    f"{first_line(error)}. Find them with a batch that {type(self._model).__name__} takes: "
                     "`config.couplings = slicefine.couplings(model, config, batch)`."
                 ) from error
         parts = (

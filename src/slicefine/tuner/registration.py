@@ -1,7 +1,7 @@
 """Make the method known to PEFT.
 
-`peft.utils.register_peft_method` takes only names of PEFT's own enum, so the four mappings that it would fill are filled here,
-and nowhere else.
+`peft.utils.register_peft_method` takes only names of PEFT's own enum, so the mappings that it would fill are filled here, and
+nowhere else; but for that of `PeftMixedModel`, in which several adapters are active at a time.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ def _settle(optimizers: list[Optimizer]) -> None:
                 continue
             if not resting:  # whatever has changed what rests is to be noticed by the next forward pass
                 layer.has_followed(adapter)
-            if layer.count(adapter):
+            if layer.count_step(adapter):
                 layer.slide(adapter)
                 for optimizer in _optimizers:
                     reset_moments(optimizer, [layer.slicefine_weight[adapter]])

@@ -29,7 +29,7 @@ from transformers import (
 )
 from trl import SFTConfig, pack_dataset
 
-from slicefine.errors import SliceFineError, SliceFineWarning, listed, raise_all
+from slicefine.errors import SliceFineError, SliceFineWarning, first_line, listed, raise_all
 from slicefine.training.data import Table, read_tables, shorten
 from slicefine.training.preflight import IGNORED
 from slicefine.training.prompts import prompt
@@ -163,13 +163,13 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
         )
         model, report = loaded
     except ImportError as error:  # of flash attention
-        raise SliceFineError(f"`model.attn_implementation`: {str(error).splitlines()[0]}") from error
+        raise SliceFineError(f"`model.attn_implementation`: {first_line(error)}.") from error
     except (OSError, ValueError) as error:
         raise SliceFineError(_not_loaded(settings, error)) from error
     if report["missing_keys"]:
         raise SliceFineError(
             f"A language model is trained from pretrained weights alone; the files of {settings.name} have none for "
-            f"{', '.join(sorted(report['missing_keys'])[:5])}. Name a complete causal language model."
+            f"{listed(sorted(report['missing_keys']), 5)}. Name a complete causal language model."
         )
     train = sets["train"]
     if data.packing:
@@ -439,5 +439,5 @@ def _learns(row: Any) -> bool:
 def _not_loaded(settings: ModelSettings, error: Exception) -> str:
     return (
         "`model.name` is a folder with a pretrained causal language model and its tokenizer, or the name of one on the hub; "
-        f"{settings.name!r} did not load: {str(error).splitlines()[0]}"
+        f"{settings.name!r} did not load: {first_line(error)}."
     )

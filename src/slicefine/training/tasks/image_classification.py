@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from slicefine.errors import SliceFineError
+from slicefine.errors import SliceFineError, first_line
 from slicefine.training import media
 from slicefine.training.checked import CheckedTrainer
-from slicefine.training.heads import load_classifier
+from slicefine.training.heads import load_base_classifier, load_classifier
 from slicefine.training.images import IMAGES, check_image, dark, drawn, read_image
 from slicefine.training.media import Examples, MediaDataset
 from slicefine.training.media_sources import Item
@@ -77,25 +78,14 @@ def read(data: DataSettings) -> Examples:
 def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     """Load image processor and model. Images are opened, changed and processed batch by batch."""
     settings = recipe.model
-    try:
-        config = AutoConfig.from_pretrained(
-            settings.name,
-            id2label=dict(enumerate(examples.classes)),
-            label2id={name: number for number, name in enumerate(examples.classes)},
-            problem_type="single_label_classification",
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise SliceFineError(not_loaded(settings, "image processor", error)) from error
+    config = load_config(settings, examples.classes)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise SliceFineError(
             f"`model.name`: transformers has no image classifier of the architecture {config.model_type}, that of {settings.name}. Name "
             "a model of images: a ViT, DINOv2, Swin, ConvNeXt, CLIP or ResNet, say."
         )
     processor = load_processor(settings)
-    found = load_classifier(
-        AutoModelForImageClassification, settings, config, lambda error: not_loaded(settings, "image processor", error)
-    )
+    found = load_classifier(AutoModelForImageClassification, settings, config, partial(not_loaded, settings))
     model = found.model
     notes = [*examples.notes, *found.notes, *freeze_statistics(model)]
     plain = Pixels(processor, dtype=model.dtype)
@@ -115,10 +105,21 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
 
 def load_base(name: str, folder: Path) -> PreTrainedModel:
     """The base model with the classes and dtype that `config.json` in the adapter's `folder` says."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return AutoModelForImageClassification.from_pretrained(
-        name, config=config, dtype=config.dtype, ignore_mismatched_sizes=True, trust_remote_code=False
-    )
+    return load_base_classifier(AutoModelForImageClassification, name, folder)
+
+
+def load_config(settings: ModelSettings, classes: Sequence[str]) -> Any:
+    """The model's configuration with a head for `classes`. Raises `SliceFineError` if it does not load."""
+    try:
+        return AutoConfig.from_pretrained(
+            settings.name,
+            id2label=dict(enumerate(classes)),
+            label2id={name: number for number, name in enumerate(classes)},
+            problem_type="single_label_classification",
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise SliceFineError(not_loaded(settings, error)) from error
 
 
 def load_processor(settings: ModelSettings) -> BaseImageProcessor:
@@ -128,7 +129,7 @@ def load_processor(settings: ModelSettings) -> BaseImageProcessor:
     except (OSError, ValueError) as error:
         raise SliceFineError(
             f"`model.name`: images are prepared by the model's own image processor; {settings.name} has none that loads "
-            f"({str(error).splitlines()[0]}) Put the preprocessor_config.json of the original model into the folder: "
+            f"({first_line(error)}). Put the preprocessor_config.json of the original model into the folder: "
             "`AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained(FOLDER)`."
         ) from error
 
@@ -154,7 +155,7 @@ def refuse_other_processor(model: PreTrainedModel, tried: list[dict[str, Any]], 
     except (ValueError, RuntimeError, IndexError) as error:
         raise SliceFineError(
             f"`model.name`: the processor of {name} does not fit the model: it makes inputs of shape {shapes[0]}, config.json says {takes}, "
-            f"and the model refuses them ({str(error).splitlines()[0]}). {fix}"
+            f"and the model refuses them ({first_line(error)}). {fix}"
         ) from error
     finally:
         model.train(training)
@@ -178,9 +179,9 @@ def _as_in_evaluation(module: nn.Module, _inputs: Any) -> None:
     module.eval()
 
 
-def not_loaded(settings: ModelSettings, processor: str, error: Exception) -> str:
-    """What to say if transformers does not load the model or its `processor`."""
+def not_loaded(settings: ModelSettings, error: Exception) -> str:
+    """What to say if transformers does not load the model or its image processor."""
     return (
-        f"`model.name` is a folder with a pretrained model and its {processor}, or the name of one on the hub; "
-        f"{settings.name!r} did not load: {str(error).splitlines()[0]}"
+        f"`model.name` is a folder with a pretrained model and its image processor, or the name of one on the hub; "
+        f"{settings.name!r} did not load: {first_line(error)}."
     )

@@ -18,10 +18,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from slicefine.errors import SliceFineError
+from slicefine.errors import SliceFineError, first_line
 from slicefine.training.checked import CheckedTrainer
 from slicefine.training.data import Table, read_tables, shorten
-from slicefine.training.heads import load_classifier
+from slicefine.training.heads import load_base_classifier, load_classifier
 from slicefine.training.labels import not_validated, number, split, values
 from slicefine.training.metrics import scores_of
 from slicefine.training.named import other_classes
@@ -159,10 +159,7 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
 
 def load_base(name: str, folder: Path) -> PreTrainedModel:
     """The base model with the classes and dtype that `config.json` in the adapter's `folder` says."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return AutoModelForSequenceClassification.from_pretrained(
-        name, config=config, dtype=config.dtype, ignore_mismatched_sizes=True, trust_remote_code=False
-    )
+    return load_base_classifier(AutoModelForSequenceClassification, name, folder)
 
 
 def _outputs(classes: list[str]) -> dict[str, Any]:
@@ -228,5 +225,5 @@ def _columns(table: Table, data: DataSettings, labels: Sequence[float]) -> dict[
 def _not_loaded(settings: ModelSettings, error: Exception) -> str:
     return (
         "`model.name` is a folder with a pretrained model and its tokenizer, or the name of one on the hub; "
-        f"{settings.name!r} did not load: {str(error).splitlines()[0]}"
+        f"{settings.name!r} did not load: {first_line(error)}."
     )

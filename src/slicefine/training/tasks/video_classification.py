@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForVideoClassification,
     BaseImageProcessor,
@@ -29,14 +29,20 @@ from slicefine.training import media
 from slicefine.training.checked import CheckedTrainer
 from slicefine.training.clips import count_frames, read_frames, too_few
 from slicefine.training.data import shorten
-from slicefine.training.heads import load_classifier
+from slicefine.training.heads import load_base_classifier, load_classifier
 from slicefine.training.images import drawn
 from slicefine.training.media import MediaDataset, Part, left_out, refused
 from slicefine.training.media_sources import Item, Kind
 from slicefine.training.metrics import scores_of
 from slicefine.training.recipe import DataSettings, Recipe
 from slicefine.training.tasks import Prepared
-from slicefine.training.tasks.image_classification import TRIED, load_processor, not_loaded, refuse_other_processor
+from slicefine.training.tasks.image_classification import (
+    TRIED,
+    load_config,
+    load_processor,
+    not_loaded,
+    refuse_other_processor,
+)
 
 PEFT_TASK_TYPE = None  # PEFT has no name for it
 TRAINER = CheckedTrainer
@@ -106,16 +112,7 @@ def read(data: DataSettings) -> Examples:
 def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     """Load processor and model. Clips are decoded when they are needed."""
     settings, data, clips = recipe.model, recipe.data, examples.clips
-    try:
-        config = AutoConfig.from_pretrained(
-            settings.name,
-            id2label=dict(enumerate(clips.classes)),
-            label2id={name: number for number, name in enumerate(clips.classes)},
-            problem_type="single_label_classification",
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise SliceFineError(not_loaded(settings, "image processor", error)) from error
+    config = load_config(settings, clips.classes)
     own = getattr(config, "num_frames", None)
     if own is None:
         raise SliceFineError(
@@ -139,7 +136,7 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
         AutoModelForVideoClassification,
         settings,
         config,
-        lambda error: not_loaded(settings, "image processor", error),
+        partial(not_loaded, settings),
         refuse_other_positions,
     )
     model = found.model
@@ -161,10 +158,7 @@ def prepare(recipe: Recipe, examples: Examples) -> Prepared:
 
 def load_base(name: str, folder: Path) -> PreTrainedModel:
     """The base model with the classes, frames and dtype that `config.json` in the adapter's `folder` says."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return AutoModelForVideoClassification.from_pretrained(
-        name, config=config, dtype=config.dtype, ignore_mismatched_sizes=True, trust_remote_code=False
-    )
+    return load_base_classifier(AutoModelForVideoClassification, name, folder)
 
 
 def _key(item: Item) -> Path | bytes:

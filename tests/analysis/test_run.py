@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from classifiers import reviews, text_model, write_table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from slicefine.analysis import energy
 from slicefine.analysis import run as runs
@@ -173,3 +177,69 @@ def test_what_goes_wrong_otherwise_is_a_reason_too(
     assert record.failed == {"energy": "ValueError: You have to specify decoder_input_ids"}
     assert read(tmp_path)["stages"]["balance"]["weights"] == [None, 1.0]
     assert set(read(tmp_path)["made"]) == {"energy", "balance"}
+
+
+def test_stages_run_in_their_own_order(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    assert settings(tmp_path, stages=("advice", "balance", "advice", "winners")).stages == (
+        "balance",
+        "winners",
+        "advice",
+    )
+
+
+def test_advice_is_given_again_where_what_it_goes_by_is_new(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    runs.analyze(settings(tmp_path, stages=("advice",)), str(model), recipe, "")
+    assert any("were not measured" in reason for reason in read(tmp_path)["stages"]["advice"]["reasons"])
+    runs.analyze(settings(tmp_path, stages=("energy",)), str(model), recipe, "")
+    assert list(read(tmp_path)["stages"]) == ["energy"]
+    runs.analyze(settings(tmp_path, stages=("winners", "advice")), str(model), recipe, "")
+    found = read(tmp_path)["stages"]
+    assert set(found) == {"energy", "winners", "advice"}
+    assert not any("not measured" in reason for reason in found["advice"]["reasons"])
+    assert found["advice"]["check_moves"] > 0
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of the model with other weights."""
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("with_examples", [True, False])
+def test_a_model_with_other_weights_in_the_middle_is_another_one(
+    with_examples: bool, recipe: Recipe, model: Path, tmp_path: Path
+) -> None:
+    def scale(tensors: dict[str, Tensor]) -> None:
+        name = next(key for key in tensors if key.endswith("attention.output.dense.weight"))
+        tensors[name] = 2 * tensors[name]
+
+    other = changed(model, tmp_path / "other", scale)
+    wanted = settings(tmp_path, stages=("balance",))
+    of_it = {path: Recipe.from_flat(recipe.flat() | {"model.name": str(path)}) for path in (model, other)}
+    runs.analyze(wanted, str(model), of_it[model] if with_examples else None, "")
+    with pytest.raises(SliceFineError, match="has another analysis: the model's digest was"):
+        runs.analyze(wanted, str(other), of_it[other] if with_examples else None, "")
+
+
+def test_weights_that_are_not_finite_are_said(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        name = next(key for key in tensors if key.endswith("attention.output.dense.weight"))
+        tensors[name][0, 0] = float("nan")
+
+    other = changed(model, tmp_path / "other", spoil)
+    spoilt = Recipe.from_flat(recipe.flat() | {"model.name": str(other)})
+    record = runs.analyze(settings(tmp_path), str(other), spoilt, "")
+    assert {"winners", "global", "advice"} <= set(record.failed)
+    for stage in ("winners", "global", "advice"):
+        assert "before any step it is nan. Look for NaN in the weights" in record.failed[stage]
+    assert len(read(tmp_path)["verdicts"]) == len(PROPERTIES)
+
+
+def test_short_runs_of_a_new_head_in_float16_are_refused(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+    half = Recipe.from_flat(recipe.flat() | {"model.dtype": "float16"})
+    record = runs.analyze(settings(tmp_path, stages=("global",)), str(model), half, "")
+    assert "got float16. Set --model.dtype bfloat16 or float32." in record.failed["global"]

@@ -65,9 +65,11 @@ def test_explained_variance_of_a_known_covariance() -> None:
     variances = [8.0, 4.0, 2.0, 1.0, 0.6, 0.4]
     layer = figures("layer 3", moments_of(states_of(variances, mean=5.0)))
     assert layer is not None
-    assert (layer["name"], layer["dimension"], layer["samples"], layer["truncated"], layer["note"]) == (
-        "layer 3", 6, 12, False, "",
-    )  # fmt: skip
+    assert (layer["name"], layer["dimension"], layer["samples"], layer["truncated"]) == ("layer 3", 6, 12, False)
+    assert layer["note"].startswith("There are 12 tokens for 6 dimensions. With fewer than 10 for each")
+    many = figures("layer 3", moments_of(torch.cat([states_of(variances, mean=5.0)] * 5)))
+    assert many is not None
+    assert many["note"] == ""
     assert layer["variance"]["with"]["k"] == {"0.8": 3, "0.9": 4, "0.95": 5}
     shares_of = [share for _, share in layer["variance"]["with"]["cumulative"]]
     assert shares_of == pytest.approx([0.5, 0.75, 0.875, 0.9375, 0.975, 1.0])

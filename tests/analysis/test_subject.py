@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+from analysed import CLASSIFIERS, classifier
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from slicefine.analysis.subject import places_of
@@ -19,3 +23,19 @@ def test_a_head_of_several_layers_is_left_out() -> None:
     assert len(places_of(model, new)) == 6
     assert places_of(model, ["classif"]).keys() == places_of(model).keys()  # no part of a name
     assert torch.is_tensor(next(iter(places_of(model, new).values())).stored)
+
+
+@pytest.mark.parametrize("task", CLASSIFIERS)
+def test_the_loss_of_16_bit_weights_is_computed_in_fp32(task: str, tmp_path: Path) -> None:
+    subject = classifier(task, tmp_path)
+    (batch,) = subject.batches("train", size=4, count=1, seed=0)
+    model = subject.copy()
+    assert subject.loss(model, batch) == model(**batch).loss
+    half = subject.copy().to(torch.bfloat16)
+    inputs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+    with torch.no_grad():
+        logits, loss = half(**inputs).logits, subject.loss(half, inputs)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.float(), batch["labels"]))
+    assert loss != loss.bfloat16()

@@ -20,7 +20,10 @@ def balance(**rho: float) -> dict[str, Any]:
 
 def energy(share: float, untrained: float = 0.6, alignment: float | None = 0.7) -> dict[str, Any]:
     summary = {"k90_median": 10, "dimension": 100, "share": share, "untrained_share": untrained}
-    return {"summary": summary | {"ntk_alignment_per_weight": alignment}, "ntk": {"r": 5, "axis": "row"}}
+    return {
+        "summary": summary | {"ntk_alignment_per_weight": alignment},
+        "ntk": {"r": 5, "axis": "row", "examples": 64},
+    }
 
 
 def winners(low: float, twin: float, *, magnitude: float = 0.5) -> dict[str, Any]:
@@ -139,6 +142,20 @@ def test_choices_that_were_not_compared() -> None:
     found["trials"] = [trial for trial in found["trials"] if trial["choice"] == "random"]
     assert of("which slice you pick barely matters", {"winners": found})["verdict"] == NOT_MEASURED
     assert of("r = 1 suffices", {"global": whole(-0.1, -0.2)})["verdict"] == NOT_MEASURED
+
+
+def test_nothing_wins_however_it_is_chosen() -> None:
+    found = winners(0.5, 0.4)
+    for trial in found["trials"]:
+        trial["wins"] = False
+    judged = of("which slice you pick barely matters", {"winners": found})
+    assert (judged["verdict"], judged["words"]) == (NOT_MEASURED, "No slice won, however it was chosen.")
+
+
+def test_full_tuning_that_lowers_nothing_is_said() -> None:
+    judged = of("slices across layers are a global winner", {"global": {**whole(0.5, 0.4), "summary": {"best_share": None, "r1_all_layers_share": None}}})  # fmt: skip
+    assert judged["verdict"] == NOT_MEASURED
+    assert "Full tuning hardly lowers the held-out loss" in judged["words"]
 
 
 def test_why_there_is_no_figure() -> None:

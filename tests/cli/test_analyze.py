@@ -40,6 +40,17 @@ def test_settings_of_the_data_make_a_task(model: str, tmp_path: Path) -> None:
     assert found["settings"]["ranks"] == [1, 2]
 
 
+def test_a_stage_that_fails_is_told_and_is_no_success(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("There is no room.")
+
+    monkeypatch.setattr("slicefine.analysis.balance.run", broken)
+    assert main(["analyze", model, "--output", str(tmp_path / "out")]) == 1
+    assert "The stage balance failed: RuntimeError: There is no room." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

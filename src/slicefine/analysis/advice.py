@@ -23,6 +23,7 @@ from slicefine.analysis.settings import ENERGY, WINNERS, AnalysisSettings
 from slicefine.analysis.short_runs import ShortRuns, slices
 from slicefine.analysis.subject import Subject
 from slicefine.analysis.tuned_head import tune_head
+from slicefine.analysis.winners import MARGIN
 from slicefine.slicing import ALTERNATE, COLUMN, ROW, SLICE_AXES
 
 Say = Callable[[int, int, str], None]
@@ -95,7 +96,8 @@ def run(
     start = subject.copy()
     head = tune_head(subject, start, data.fitted, data.watched, iterations=effort.iterations)
     runs = ShortRuns(subject, start, data, points=effort.points, tell=tell)
-    every = max(math.ceil(runs.steps / (advised.moves + 1)), 1)
+    # Few steps have no room for exactly as many moves.
+    every = min(range(1, runs.steps + 1), key=lambda each: abs((runs.steps - 1) // each - advised.moves))
     check = []
     for r in ranks:
         course = runs.best(slices(subject, r=r, axis=advised.axis, slide_every=every), effort.rates)
@@ -109,6 +111,7 @@ def run(
         "slide_every": f"1/{advised.moves + 1} of the run",
         "reasons": advised.reasons,
         "steps": runs.steps,
+        "check_moves": (runs.steps - 1) // every,
         "note": data.note,
         "examples": data.summary(),
         "head": head,
@@ -173,7 +176,7 @@ def _better_axis(winners: Mapping[str, Any] | None, r: int) -> tuple[str, str]:
         return ALTERNATE, "Rows and columns were not compared, so they take turns."
     words = f"Median drop of the loss at r = {r}: rows {drops[ROW]:.2%}, columns {drops[COLUMN]:.2%}"
     better, other = (ROW, COLUMN) if drops[ROW] >= drops[COLUMN] else (COLUMN, ROW)
-    if drops[better] > 0 and drops[better] >= CLEARLY * drops[other]:
+    if drops[better] >= MARGIN and drops[better] >= CLEARLY * drops[other]:
         return better, f"{words}: {better}s are clearly better."
     return ALTERNATE, f"{words}: neither is clearly better, so they take turns, as in the paper's RC."
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from slicefine.analysis.heads import Heads
 from slicefine.analysis.spectrum import Spectra, cut, vectors
 from slicefine.analysis.weights import Weights
-from slicefine.kernel import cpu_threads
 from slicefine.slicing import COLUMN, ROW, SLICE_AXES, Shape
+from slicefine.training.threads import cpu_threads
 
 HEAD = "head"
 AXES = (ROW, COLUMN, HEAD)

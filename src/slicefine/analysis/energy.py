@@ -36,7 +36,7 @@ DEFINITIONS = {
     "by_examples": "The effective rank for parts of the examples: where it grows with them, there are more directions than examples to see them.",
     "kernel": "Inner products of the gradients of the model's outputs, example by example, with respect to one slice of every weight together; "
     "centred for its spectrum (our choice).",
-    "alignment": "Centred alignment of two kernels, 0 to 1; 1 if they are the same up to a factor.",
+    "alignment": "Of two kernels, debiased: 1 if they are the same up to a factor, about 0 if they have nothing in common.",
     "alignment_per_weight": "Of the slice of each weight with the whole of it.",
     "dominant": "The weight with the largest part of the kernel: slices of rows of one near the output are aligned whatever the network has learned.",
     "p_of_labels": "The share of random orders of the labels whose alignment is as great.",

@@ -11,8 +11,6 @@ Of d equal eigenvalues both the ratio and the rank are d; of a single one they a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -41,9 +39,9 @@ def directions(parts: Tensor, tau: float) -> int:
     return min(int((parts.cumsum(0) < tau - _ROUNDING).sum()) + 1, len(parts))
 
 
-def all_directions(parts: Tensor, taus: Iterable[float] = TAUS) -> dict[str, int]:
+def all_directions(parts: Tensor) -> dict[str, int]:
     """k(tau) by the text of tau, as JSON has it."""
-    return {str(tau): directions(parts, tau) for tau in taus}
+    return {str(tau): directions(parts, tau) for tau in TAUS}
 
 
 def participation_ratio(parts: Tensor) -> float:

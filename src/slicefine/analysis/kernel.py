@@ -146,7 +146,6 @@ def gram_matrices(
     full: bool,
     seed: int,
     tell: Callable[[float], None] = lambda share: None,
-    vmapped: bool = True,
 ) -> Grams:
     """The kernels of `cuts`, and of all weights if `full`. The gradients of so many weights at a time as fit into `HELD_BYTES`.
 
@@ -157,7 +156,7 @@ def gram_matrices(
     """
     if not outputs.labelled:
         examples = [{key: value for key, value in example.items() if key != "labels"} for example in examples]
-    gradients = ExampleGradients(model, examples, vmapped=vmapped)
+    gradients = ExampleGradients(model, examples)
     count, widest = len(examples), max(cut.r for cut in cuts)
     held = {
         weight_name(name, place): _Held(place, count, cuts, widest=widest, full=full, seed=seed)
@@ -267,12 +266,29 @@ def centred(kernel: Tensor) -> Tensor:
 
 
 def alignment(kernel: Tensor, other: Tensor) -> float | None:
-    """Centred alignment of two kernels of the same examples, 0 to 1; None if one of them is constant, or not finite."""
-    a, b = centred(kernel.double()), centred(other.double())
+    """Alignment of two kernels of the same examples, debiased: at most 1, about 0 for kernels that have nothing in common.
+
+    None if one of them is constant or not finite, or there are fewer than four examples. With the centred kernels themselves (CKA) it would be
+    near 1 for any two kernels of a few examples and thousands of weights, whose diagonals outweigh all else: so diagonals are left
+    out, and what is left is centred without them (the unbiased estimator of HSIC: Song et al., 2007, eq. 5, in the form of Székely and
+    Rizzo, 2014).
+    """
+    if len(kernel) < FEWEST:
+        return None
+    a, b = _without_diagonal(kernel.double()), _without_diagonal(other.double())
     size = a.norm() * b.norm()
     # What rounding leaves of a constant kernel is none.
     least = 1e-12 * kernel.double().norm() * other.double().norm()
     return float((a * b).sum() / size) if size > least and bool(size.isfinite()) else None
+
+
+def _without_diagonal(kernel: Tensor) -> Tensor:
+    """Zero on the diagonal, and in the sum of every row and column."""
+    count = len(kernel)
+    off = kernel - torch.diag(kernel.diagonal())
+    sums = off.sum(0)
+    found = off - (sums[:, None] + sums[None, :]) / (count - 2) + sums.sum() / ((count - 1) * (count - 2))
+    return found - torch.diag(found.diagonal())
 
 
 def spectrum(kernel: Tensor) -> dict[str, Any]:
@@ -293,7 +309,9 @@ def spectrum(kernel: Tensor) -> dict[str, Any]:
 
 
 def _shares(kernel: Tensor) -> Tensor | None:
-    return None if alignment(kernel, kernel) is None else shares(centred(kernel))
+    middle = centred(kernel.double())
+    size = middle.norm()
+    return shares(middle) if size > 1e-6 * kernel.double().norm() and bool(size.isfinite()) else None
 
 
 def trace_share(kernels: Tensor, number: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from slicefine.analysis.portions import LABELS, rows
 from slicefine.analysis.subject import Batch
+from slicefine.errors import SliceFineError
 
 Loss = Callable[[Batch], Tensor]
 """Mean loss of a batch, a scalar in fp32."""
@@ -34,6 +36,14 @@ def gradients(loss: Loss, weights: Sequence[Tensor], batch: Batch) -> tuple[floa
         found = loss(batch)
         each = torch.autograd.grad(found, weights, allow_unused=True) if found.requires_grad else [None] * len(weights)
     return float(found.detach()), [torch.zeros_like(w) if g is None else g for g, w in zip(each, weights, strict=True)]
+
+
+def refuse_not_finite(loss: float) -> None:
+    """Raise `SliceFineError` if the loss at the start of trials and runs is not finite."""
+    if not math.isfinite(loss):
+        raise SliceFineError(
+            f"What is trained is judged by a finite loss; before any step it is {loss}. Look for NaN in the weights and in the data."
+        )
 
 
 def mean_value(loss: Loss, batches: Sequence[Batch]) -> float:

@@ -20,7 +20,7 @@ class AnalysisRecord:
     """All that is known of an analysis; docs/analysis.md describes every key."""
 
     model: dict[str, Any]
-    """`name`, `class`, `parameters`, and `fingerprint`, a digest of its first and last weights."""
+    """`name`, `class`, `parameters`, and `fingerprint`, a digest of values from all over its weights."""
     untrained: bool
     task: str | None
     data: dict[str, Any]
@@ -93,6 +93,7 @@ class AnalysisRecord:
         }
         known = {key: value for key, value in self.settings.items() if key not in ("stages", "output")}
         return {
+            "the model's class": self.model["class"],
             "the model's digest": self.model["fingerprint"],
             "untrained": self.untrained,
             "the task": self.task,

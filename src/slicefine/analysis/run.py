@@ -27,6 +27,8 @@ from slicefine.training.folder import refuse_unwritable
 from slicefine.training.recipe import Recipe
 
 Say = Callable[[int, int, str], None]
+ADVICE_FROM = (ENERGY, WINNERS)
+"""Stages that the advice goes by."""
 
 
 def analyze(settings: AnalysisSettings, model: str, recipe: Recipe | None, command: str) -> AnalysisRecord:
@@ -56,12 +58,17 @@ def analyze(settings: AnalysisSettings, model: str, recipe: Recipe | None, comma
     if saved is not None:
         saved.refuse_other(record, folder)
         record.stages, record.seconds, record.made = saved.stages, saved.seconds, saved.made
+    record.verdicts = verdicts(record.stages, record.failed)
     record.write(folder)
     try:
         for stage in settings.stages:
-            if stage not in record.stages:  # of those that are kept, `made` says where they come from
-                _run(stage, settings, subject, weights, record)
-                record.write(folder)
+            if stage in record.stages:  # of those that are kept, `made` says where they come from
+                continue
+            _run(stage, settings, subject, weights, record)
+            if stage in ADVICE_FROM:  # a kept advice knows nothing of it
+                record.stages.pop(ADVICE, None)
+            record.verdicts = verdicts(record.stages, record.failed)
+            record.write(folder)
         record.status = "finished"
     except KeyboardInterrupt:
         record.status = "interrupted"
@@ -70,7 +77,6 @@ def analyze(settings: AnalysisSettings, model: str, recipe: Recipe | None, comma
         raise
     finally:
         weights.close()
-        record.verdicts = verdicts(record.stages, record.failed)
         record.ended = records.now()
         record.write(folder)
     return record
@@ -125,10 +131,10 @@ def _of_recipe(subject: Subject) -> dict[str, Any]:
 
 
 def _fingerprint(weights: Weights) -> str:
-    """A digest of the values of the first and the last weight, in fp32."""
+    """A digest of values from all over the model."""
     digest = hashlib.sha256()
-    for name in (next(iter(weights.shapes)), next(reversed(weights.shapes))):
-        digest.update(weights.read(name).contiguous().cpu().numpy().tobytes())
+    for part in weights.samples():
+        digest.update(part)
     return digest.hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ class AnalysisSettings:
     output: str = "runs/analysis"
     """Folder for analysis.json and the report."""
     stages: tuple[str, ...] = STAGES
-    """Those to run."""
+    """Those to run, whatever order they are given in."""
     quick: bool = False
     """Fewer examples, slices and steps in every stage: a first look."""
     untrained: bool = False
@@ -53,7 +53,4 @@ class AnalysisSettings:
         if Path(self.output).is_file():
             found.append(f"`--output` is a folder; {self.output} is a file.")
         raise_all(found, "slicefine analyze")
-
-    def wants(self, stage: str) -> bool:
-        """Whether a stage is to run."""
-        return stage in self.stages
+        object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))

@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from slicefine.analysis.losses import mean_value
+from slicefine.analysis.losses import mean_value, refuse_not_finite
 from slicefine.analysis.material import Material
 from slicefine.analysis.resumed import list_of
 from slicefine.analysis.subject import Batch, Subject
@@ -76,10 +76,16 @@ class ShortRuns:
     def __init__(
         self, subject: Subject, start: PreTrainedModel, data: Material, *, points: int, tell: Callable[[], None]
     ) -> None:
+        if subject.new_modules and start.dtype == torch.float16:
+            raise SliceFineError(
+                "Short runs train the new head in the dtype of the weights, and in float16 the least numbers of AdamW are zero; got float16. Set "
+                "--model.dtype bfloat16 or float32."
+            )
         self._subject, self._start, self._data, self._tell = subject, start, data, tell
         self._judged = {round(point * self.steps / points) for point in range(1, points + 1)}
         self.before = self._mean(start, data.held_out)
         """Held-out loss at the start."""
+        refuse_not_finite(self.before)
 
     @property
     def steps(self) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slicefine.analysis.losses import Loss, gradients, mean_gradients, mean_value
+from slicefine.analysis.losses import Loss, gradients, mean_gradients, mean_value, refuse_not_finite
 from slicefine.analysis.subject import Batch
 from slicefine.kernel import vectors
 from slicefine.slicing import SLICE_AXES, Shape, Slice
@@ -134,6 +134,7 @@ class Trials:
         self._first = mean_value(loss, choosing)
         self.before = mean_value(loss, held_out)
         """Mean held-out loss at the start."""
+        refuse_not_finite(self.before)
 
     def gradients(self, places: Sequence[Place]) -> list[Tensor]:
         """Gradients of the mean loss of the batches that trials train on, at the start; in the layout of the stored parameters, fp32."""

@@ -121,6 +121,11 @@ def outliers(variances: Tensor) -> list[int]:
     return torch.nonzero(variances > OUTLIER * median).flatten().tolist() if median > 0 else []
 
 
+ENOUGH = 10
+"""Tokens for each dimension from which on more of them hardly change the numbers of directions: measured with MiniLM on TREC, of whose directions 90 %
+of the variance take 102 at 1.1 tokens, 147 at 4.7, 158 at 18 and 161 at 72."""
+
+
 def layer_names(count: int) -> list[str]:
     """Of `count` states: `layer n` is the output of block n."""
     return ["embeddings", *(f"layer {number}" for number in range(count - 1))][:count]
@@ -137,16 +142,20 @@ def figures(name: str, moments: Moments) -> dict[str, Any] | None:
     rest = shares(covariance[kept][:, kept])
     assert rest is not None  # the median is above 0, or there are no outliers
     truncated = moments.count <= len(covariance)
-    seen = (
+    cut = (
         f"There are fewer tokens ({moments.count}) than it takes for {len(covariance)} dimensions: the spectrum is truncated. At most "
         f"{moments.count - 1} directions can be seen, and the true numbers of directions may be greater."
+    )
+    few = (
+        f"There are {moments.count} tokens for {len(covariance)} dimensions. With fewer than {ENOUGH} for each, the numbers of directions come out "
+        "too small: give more examples."
     )
     return {
         "name": name,
         "dimension": len(covariance),
         "samples": moments.count,
         "truncated": truncated,
-        "note": seen if truncated else "",
+        "note": cut if truncated else few if moments.count < ENOUGH * len(covariance) else "",
         "variance": {"with": _variance(every), "without": _variance(rest)},
         "outliers": found,
         "participation_ratio": participation_ratio(every),

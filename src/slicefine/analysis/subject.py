@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -91,8 +92,15 @@ class Subject:
         return {key: value.to(self.device) for key, value in made.items() if isinstance(value, Tensor)}
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
-        """Mean loss of a batch, a scalar in fp32."""
-        return cast(Any, model)(**batch).loss.float()
+        """Mean loss of a batch, a scalar computed in fp32 whatever the weights are: 16 bits are coarser than what a slice changes."""
+        output = cast(Any, model)(**batch)
+        if output.loss.dtype == torch.float32:
+            return output.loss
+        # transformers computes that of a classifier in the dtype of its logits.
+        logits, labels = output.logits.float(), batch["labels"]
+        if labels.is_floating_point():
+            return F.mse_loss(logits.squeeze(-1), labels.float())
+        return F.cross_entropy(logits, labels)
 
     def copy(self) -> PreTrainedModel:
         """A copy of `model` with the same bits, in eval mode."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slicefine.analysis.losses import mean_gradients, mean_value
+from slicefine.analysis.losses import mean_gradients, mean_value, refuse_not_finite
 from slicefine.analysis.resumed import Resumed, stack_of
 from slicefine.analysis.subject import Batch, Subject
 
@@ -70,6 +70,7 @@ def tune_head(
     chosen, kept = None, began
     try:
         before = best = mean_value(resumed.loss, watched)
+        refuse_not_finite(before)
         for penalty in PENALTIES:
             fit(penalty)
             loss = mean_value(resumed.loss, watched)

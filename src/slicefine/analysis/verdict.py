@@ -170,7 +170,7 @@ def _overlap_words(found: Mapping[str, Any]) -> str:
     )
     return (
         f"Slices of r = {kernel['r']} ({kernel['axis']}s) see the examples as their weight does with an alignment of "
-        f"{summary['ntk_alignment_per_weight']:.2f}, the median over weights (1: alike up to a factor){chance}.{beside}"
+        f"{summary['ntk_alignment_per_weight']:.2f}, the median over weights, {kernel['examples']} examples (1: alike up to a factor, 0: by chance){chance}.{beside}"
     )
 
 
@@ -227,13 +227,19 @@ def _wins_by_choice(found: Mapping[str, Any]) -> dict[str, float]:
 
 def _choice(found: Mapping[str, Any]) -> float | None:
     shares = _wins_by_choice(found)
+    if not any(shares.values()):
+        return None
     chosen = [shares[name] for name in ("magnitude", "gradient") if name in shares]
     return max(chosen) - shares["random"] if chosen and "random" in shares else None
 
 
+def _percent(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2%}"
+
+
 def _choice_words(found: Mapping[str, Any]) -> str:
     shares, drops = _wins_by_choice(found), found["summary"]["choice_matters"]
-    parts = [f"{name} {share:.0%} (median drop {drops[name]:.2%})" for name, share in shares.items()]
+    parts = [f"{name} {share:.0%} (median drop {_percent(drops[name])})" for name, share in shares.items()]
     return f"Winners by how a slice was chosen, in the same weights: {', '.join(parts)}."
 
 
@@ -246,6 +252,12 @@ def _global_words(found: Mapping[str, Any]) -> str:
         f"Full tuning lowers the held-out loss to {found['full']['loss_after']:.3f} in {found['steps']} steps; the best slices (r = {best['r']}, "
         f"{best['axis']}, {best['layers']} layers, {best['active']:,} parameters), chosen by other examples, reach {share:.0%} of that drop."
     )
+
+
+def _no_global(found: Mapping[str, Any]) -> str:
+    if found["summary"]["best_share"] is None:
+        return f"Full tuning hardly lowers the held-out loss in {found['steps']} steps: there is no drop to have a share of."
+    return "No run has r = 1 in all layers, or none lowers the loss."
 
 
 def _rank_one(found: Mapping[str, Any]) -> float | None:
@@ -299,7 +311,7 @@ PROPERTIES = (
         figure=_steeper,
         why_not=_no_energy,
         holds=0.05,
-        partly=0.0,
+        partly=0.01,
         least=True,
         what="share of the directions with random weights less that of the model",
         words=_steeper_words,
@@ -343,6 +355,7 @@ PROPERTIES = (
         title="which slice you pick barely matters",
         stage=WINNERS,
         figure=_choice,
+        why_not=lambda found: "No slice won, however it was chosen.",
         holds=0.1,
         partly=0.25,
         least=False,
@@ -353,6 +366,7 @@ PROPERTIES = (
     _Property(
         title="slices across layers are a global winner",
         stage=GLOBAL,
+        why_not=_no_global,
         figure=lambda found: found["summary"]["best_share"],
         holds=0.95,
         partly=0.75,
@@ -365,6 +379,7 @@ PROPERTIES = (
         title="r = 1 suffices",
         stage=GLOBAL,
         figure=_rank_one,
+        why_not=_no_global,
         holds=0.95,
         partly=0.75,
         least=True,

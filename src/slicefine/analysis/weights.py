@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from slicefine.analysis.heads import Heads, find_heads
-from slicefine.errors import SliceFineError, listed, raise_all
+from slicefine.errors import SliceFineError, first_line, listed, raise_all
 from slicefine.slicing import Shape
 from slicefine.training.export_source import BaseFiles
 from slicefine.training.hub import model_problem
@@ -35,6 +35,11 @@ DOWNLOADED = (CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, "model*.safetensors")
 """What is fetched of a model of the hub."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of values, by the names of safetensors, that are what they seem: smaller ones have a scale somewhere else."""
+
+SAMPLES = 64
+"""Values of a parameter by which models are told apart."""
+FILE_SAMPLES, SAMPLE_BYTES = 4096, 64
+"""How many pieces of a file, and how long."""
 
 
 class Weights(ABC):
@@ -57,6 +62,10 @@ class Weights(ABC):
     def read(self, name: str) -> Tensor:
         """The weight `name`, `(d_out, d_in)`, fp32; it may be the model's own, and is not to be changed."""
 
+    @abstractmethod
+    def samples(self) -> Iterator[bytes]:
+        """Some of the bytes of all weights, by which two models are told apart; quick, however large the model is."""
+
     def close(self) -> None:  # noqa: B027 -- most hold nothing
         """Give back the memory of what was read last."""
 
@@ -78,12 +87,20 @@ class LoadedWeights(Weights):
         places = backbone_places(model) if places is None else places
         devices = [place.stored.device for place in places.values() if not place.stored.is_meta]
         super().__init__(name or type(model).__name__, places, model, devices[0] if devices else torch.device("cpu"))
+        self._model = model
         self._leave_out(
             {name: "it has no values (meta device)" for name, place in places.items() if place.stored.is_meta}
         )
 
     def read(self, name: str) -> Tensor:
         return self._places[name].matrix.detach().to(self.device, torch.float32)
+
+    def samples(self) -> Iterator[bytes]:
+        for name, parameter in self._model.named_parameters():
+            yield name.encode()
+            if not parameter.is_meta:
+                values = parameter.detach().reshape(-1)
+                yield values[:: len(values) // SAMPLES + 1].to("cpu", torch.float32).numpy().tobytes()
 
 
 class StoredWeights(Weights):
@@ -101,6 +118,7 @@ class StoredWeights(Weights):
         files = _safetensors_of(folder)
         skeleton = build_without_values(folder)
         places = backbone_places(skeleton)
+        self._paths = files
         super().__init__(name, places, skeleton, torch.device(device))
         self.config = skeleton.config
         """Of the model."""
@@ -123,6 +141,15 @@ class StoredWeights(Weights):
     def read(self, name: str) -> Tensor:
         place = self._places[name]
         return place.oriented(self._files.read(weight_name(name, place))).to(self.device)
+
+    def samples(self) -> Iterator[bytes]:
+        for path in self._paths:
+            size = path.stat().st_size
+            yield f"{path.name} {size}".encode()
+            with path.open("rb") as file:
+                for at in range(0, size, max(size // FILE_SAMPLES, SAMPLE_BYTES)):
+                    file.seek(at)
+                    yield file.read(SAMPLE_BYTES)
 
     def close(self) -> None:
         self._files.tensors.close()
@@ -169,7 +196,7 @@ def build_without_values(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise SliceFineError(
-            f"transformers {transformers.__version__} cannot read {folder / CONFIG_NAME}: {_first_line(error)}"
+            f"transformers {transformers.__version__} cannot read {folder / CONFIG_NAME}: {first_line(error)}."
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise SliceFineError(
@@ -183,7 +210,7 @@ def build_without_values(folder: Path) -> PreTrainedModel:
             return made(config) if known else AutoModel.from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, AttributeError, ImportError, KeyError, RuntimeError) as error:
         raise SliceFineError(
-            f"transformers {transformers.__version__} builds no model from {folder / CONFIG_NAME} ({config.model_type}): {_first_line(error)}"
+            f"transformers {transformers.__version__} builds no model from {folder / CONFIG_NAME} ({config.model_type}): {first_line(error)}."
         ) from error
 
 
@@ -202,7 +229,7 @@ def _find(name: str) -> Path:
         found = huggingface_hub.snapshot_download(name, allow_patterns=list(DOWNLOADED), ignore_patterns=["*/*"])
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise SliceFineError(
-            f"There is no folder {name!r}, and a model of that name was not downloaded: {_first_line(error)}"
+            f"There is no folder {name!r}, and a model of that name was not downloaded: {first_line(error)}."
         ) from error
     return Path(found)
 
@@ -248,7 +275,3 @@ def _types(files: list[Path]) -> dict[str, str]:
         with safe_open(file, framework="pt") as handle:
             types |= {key: handle.get_slice(key).get_dtype() for key in handle.keys()}  # noqa: SIM118 -- not a mapping
     return types
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -97,7 +97,7 @@ def explain(error: Any) -> str | None:
 
 
 def run(given: Any) -> int:
-    """Analyse, and print the verdicts; returns 0, or 130 after Ctrl-C."""
+    """Analyse, and print the verdicts; returns 0, 1 if a stage failed, or 130 after Ctrl-C."""
     flat = vars(given.as_flat())
     recipe_wanted = flat.get("recipe") is not None or any(flat.get(key) for key in ("data.train", "data.name"))
     settings = _settings(flat, recipe_wanted)
@@ -114,7 +114,7 @@ def run(given: Any) -> int:
     if recipe is None:
         say("The other stages need examples: name a recipe, or --data.train FILE.")
     write_page(settings.output)
-    return 130 if record.status == "interrupted" else 0
+    return 130 if record.status == "interrupted" else int(bool(record.failed))
 
 
 def _settings(flat: dict[str, Any], with_examples: bool) -> AnalysisSettings:
@@ -153,6 +153,7 @@ def text(record: AnalysisRecord) -> str:
             f"  {verdict['threshold']}",
             "",
         ]
+    lines += [f"The stage {stage} failed: {why}" for stage, why in record.failed.items()]
     if advice := record.stages.get("advice"):
         lines += [f"advice: {advice['words']}", ""]
     return "\n".join(lines).rstrip()

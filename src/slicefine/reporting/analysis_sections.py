@@ -90,7 +90,7 @@ def _energy(stage: Found) -> Section:
         blocks.append(
             table(f"All {len(layers)} layers", _brief([_layer(one) for one in layers]), folded=len(layers) > MANY)
         )
-        if cut := next((one for one in layers if one.get("truncated")), None):
+        if cut := next((one for one in layers if one.get("truncated") or one.get("note")), None):
             text = cut.get("note") or "There are fewer tokens than dimensions: the spectrum is truncated."
             blocks.append(Prose(text=str(text), tone=FAIR))
     if ntk.get("eigenvalues"):

@@ -169,6 +169,16 @@ def gradients(trials: Sequence[Found]) -> Chart | None:
 # ---------------------------------------------------------------- a few slices together
 
 
+def chosen(runs: Sequence[Found]) -> Found | None:
+    """The run with the least loss of the examples that choose."""
+    known = [one for one in runs if finite(one.get("share_of_full_drop")) is not None]
+    return min(
+        known,
+        key=lambda one: value if (value := finite(one.get("loss_choosing"))) is not None else math.inf,
+        default=None,
+    )
+
+
 def together(runs: Sequence[Found]) -> Chart:
     """Share of the loss drop of full tuning over the number of layers, a line a rank and axis, and those that move apart."""
     lines_of: dict[tuple[float, str, bool], list[Point]] = {}
@@ -190,11 +200,11 @@ def together(runs: Sequence[Found]) -> Chart:
         )
         for (rank, axis, moving), points in sorted(lines_of.items())
     ]
-    best = max(runs, key=lambda one: finite(one.get("share_of_full_drop")) or -math.inf)
+    best = chosen(runs)
     words = (
-        f"The most that is reached: {percent(best.get('share_of_full_drop'))}, by r = {best.get('r')} in {plural(best.get('layers'), 'layer')} "
+        f"Chosen by examples that do not judge: {percent(best.get('share_of_full_drop'))}, by r = {best.get('r')} in {plural(best.get('layers'), 'layer')} "
         f"({count(best.get('active'))} parameters at a step)."
-        if drawn
+        if drawn and best
         else "Full tuning hardly lowers the loss in so few steps: there is no drop to have a share of."
     )
     return lines(
@@ -212,7 +222,7 @@ def together(runs: Sequence[Found]) -> Chart:
 def together_curves(stage: Found) -> Chart | None:
     """Loss curves of full tuning, of the head alone, and of the best slices; None where they were not kept."""
     runs = [one for one in stage.get("runs") or [] if points_of(one)]
-    best = max(runs, key=lambda one: finite(one.get("share_of_full_drop")) or -math.inf, default=None)
+    best = chosen(runs)
     drawn = [
         Line(name=name, points=points_of(one), colour=colour, style=style)
         for name, one, colour, style in (

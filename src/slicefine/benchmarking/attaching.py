@@ -155,6 +155,14 @@ def equal_in_size(method: Method, size: int, model: nn.Module, places: Mapping[s
     return method.of_rank(min(below, above, key=lambda r: abs(size_at(r) - size)))
 
 
+def sized(methods: Sequence[Method], reference: Method, model: nn.Module, heads: Sequence[str] = ()) -> list[Method]:
+    """`methods` with ranks that bring what they train nearest to what `reference` does; `reference` itself as it is."""
+    places = find_places(model, heads)
+    size = adapter_size(reference, model, places, heads)
+    found = [one if one == reference else equal_in_size(one, size, model, places) for one in methods]
+    return list(dict.fromkeys(found))
+
+
 def why_not(method: Method, model: nn.Module, places: Mapping[str, Place], heads: Sequence[str] = ()) -> str | None:
     """Why `method` cannot be attached to `model`, in a sentence; None if nothing speaks against it."""
     if method.kind == HEAD_ONLY and not heads:

@@ -18,15 +18,14 @@ from transformers import PreTrainedModel
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
-from slicefine.benchmarking.models import BUILT_BY, CAUSAL_LM, TEXT, VIDEO
+from slicefine.benchmarking.models import BUILT_BY, CAUSAL_LM, TEXT
 from slicefine.benchmarking.planned_config import settle
 from slicefine.errors import SliceFineError, first_line
 from slicefine.training.checkpointing import enable_checkpointing
 from slicefine.training.recipe import Recipe, SliceSettings
 from slicefine.training.tasks.text_classification import positions
+from slicefine.tuner.pixels import pixel_shape
 
-SIDE = 224
-"""Height and width of images for models that take any."""
 VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
 """Attention without padding and without a matrix of masks, whose packages a plan does not need."""
 
@@ -131,11 +130,7 @@ class Subject:
             inputs |= {"position_ids": tokens} if self.joined else {"attention_mask": torch.ones_like(tokens)}
             labels = torch.zeros_like(tokens) if recipe.task == CAUSAL_LM else self._classes(batch)
             return inputs | {"labels": labels}
-        vision = getattr(self.config, "vision_config", self.config)
-        side = getattr(vision, "image_size", None) or SIDE
-        height, width = (side, side) if isinstance(side, int) else side
-        frames = (self.config.num_frames,) if recipe.task == VIDEO else ()
-        pixels = torch.zeros(batch, *frames, getattr(vision, "num_channels", 3), height, width, dtype=self.dtype)
+        pixels = torch.zeros(batch, *pixel_shape(self.config), dtype=self.dtype)
         return {"pixel_values": pixels, "labels": self._classes(batch)}
 
     def _classes(self, batch: int) -> Tensor:

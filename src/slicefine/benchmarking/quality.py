@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from slicefine.benchmarking import quality_examples, quality_timing
-from slicefine.benchmarking.attaching import adapter_size, equal_in_size, find_places
+from slicefine.benchmarking.attaching import sized
 from slicefine.benchmarking.cells import Cell, Cells, Outcome
 from slicefine.benchmarking.fitting import Job, fit, prepare
 from slicefine.benchmarking.methods import ADALORA, REFERENCE, Method, method
@@ -132,11 +132,8 @@ class _Plan:
         if self._settings.equal_parameters is None:
             return methods
         reference = method(self._settings.equal_parameters)
-        places = find_places(prepared.model, prepared.new_modules)
-        size = adapter_size(reference, prepared.model, places, prepared.new_modules)
-        sized = [one if one == reference else equal_in_size(one, size, prepared.model, places) for one in methods]
         compared = [one for one in methods if one == method(REFERENCE)]  # what others are compared with stays as it is
-        return list(dict.fromkeys([*compared, *sized]))
+        return list(dict.fromkeys([*compared, *sized(methods, reference, prepared.model, prepared.new_modules)]))
 
 
 def model_fingerprint(name: str) -> str:

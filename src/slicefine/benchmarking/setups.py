@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from slicefine.benchmarking.attaching import Attached, adapter_size, attach, equal_in_size, find_places
+from slicefine.benchmarking.attaching import Attached, attach, sized
 from slicefine.benchmarking.methods import FULL, RANDOM_MASK, Method
 from slicefine.benchmarking.models import BUILT_BY, Architecture, batch_of, build
 from slicefine.benchmarking.settings import Settings
@@ -96,11 +96,7 @@ class Setup:
 
     def sized(self, methods: Sequence[Method], reference: Method) -> list[Method]:
         """`methods` with ranks that bring what they train nearest to what `reference` does; `reference` itself as it is."""
-        model = build(self.of, device="meta")
-        places = find_places(model, self.of.heads)
-        size = adapter_size(reference, model, places, self.of.heads)
-        sized = [one if one == reference else equal_in_size(one, size, model, places) for one in methods]
-        return list(dict.fromkeys(sized))
+        return sized(methods, reference, build(self.of, device="meta"), self.of.heads)
 
     @property
     def weights(self) -> int:

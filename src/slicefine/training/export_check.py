@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from slicefine.errors import SliceFineError
 from slicefine.training.export_source import Source
+from slicefine.tuner.pixels import pixel_shape
 
 TOKENS_IN, PIXELS_IN = "input_ids", "pixel_values"
 TOKENS = 16
-SIDE = 224
-"""Height and width of images for models whose configuration names no size: they take any."""
 
 
 def verify(source: Source, folder: Path) -> None:
@@ -59,11 +58,7 @@ def _tokens(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
 
 def _pixels(model: Any, generator: torch.Generator) -> dict[str, Tensor]:
     """`(2, channels, height, width)`, or `(2, frames, channels, height, width)` for models of clips, in the dtype of the model."""
-    config = getattr(model.config, "vision_config", model.config)
-    side = getattr(config, "image_size", None) or SIDE
-    height, width = (side, side) if isinstance(side, int) else side[-2:]
-    frames = [config.num_frames] if getattr(config, "num_frames", None) else []
-    pixels = torch.randn(2, *frames, config.num_channels, height, width, generator=generator)
+    pixels = torch.randn(2, *pixel_shape(model.config), generator=generator)
     return {PIXELS_IN: pixels.to(model.dtype)}
 
 

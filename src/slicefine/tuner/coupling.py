@@ -22,6 +22,7 @@ from slicefine.slicing import COUPLED, SLICE_AXES, Layout
 from slicefine.tuner.base_layers import CONVOLUTIONS, LINEAR_LAYERS, Place
 from slicefine.tuner.config import SliceFineConfig
 from slicefine.tuner.layer import SliceLayer
+from slicefine.tuner.pixels import pixel_shape
 from slicefine.tuner.probe import Probe
 from slicefine.tuner.stand_ins import stand_ins
 from slicefine.tuner.targets import base_place, find_targets
@@ -30,7 +31,7 @@ ROWS, IMAGES, CLIPS = 8, 4, 2
 """Of the batch: a question each."""
 TOKENS = 8
 SIDE = 64
-"""Of an image where the configuration does not say: a convolutional network takes any."""
+"""Of an image where the configuration does not say."""
 
 
 def couplings(model: nn.Module, config: SliceFineConfig, batch: Mapping[str, Any]) -> dict[str, str]:
@@ -118,13 +119,9 @@ def random_inputs(model: nn.Module) -> dict[str, Tensor]:
             {"decoder_input_ids": tokens} if getattr(config, "is_encoder_decoder", False) else {}
         )
     if main == "pixel_values":
-        seeing = getattr(config, "vision_config", config)
-        side = getattr(seeing, "image_size", None) or SIDE
-        height, width = side if isinstance(side, list | tuple) else (side, side)
-        frames = getattr(config, "num_frames", None)
-        leading = (CLIPS, frames) if frames else (IMAGES,)
-        shape = (*leading, getattr(seeing, "num_channels", 3), height, width)
-        return {"pixel_values": torch.randn(shape, generator=generator, device="cpu").to(parameter)}
+        shape = pixel_shape(config, SIDE)
+        count = CLIPS if len(shape) > 3 else IMAGES
+        return {"pixel_values": torch.randn(count, *shape, generator=generator, device="cpu").to(parameter)}
     raise SliceFineError(
         f"axis='coupled' finds partners by a forward pass, and the inputs of {type(model).__name__} are not known"
         f"{f' (its main input is {main!r})' if main else ''}. Find them with a batch of yours: "

@@ -1,9 +1,15 @@
 """What holds for every test."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job, in which tests of Ctrl-C would wait for ever
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

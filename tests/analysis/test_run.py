@@ -179,7 +179,7 @@ def test_what_goes_wrong_otherwise_is_a_reason_too(
     assert set(read(tmp_path)["made"]) == {"energy", "balance"}
 
 
-def test_stages_run_in_their_own_order(recipe: Recipe, model: Path, tmp_path: Path) -> None:
+def test_stages_run_in_their_own_order(tmp_path: Path) -> None:
     assert settings(tmp_path, stages=("advice", "balance", "advice", "winners")).stages == (
         "balance",
         "winners",

@@ -81,7 +81,7 @@ def add(parser: ArgumentParser) -> None:
         metavar="R",
         help="Ranks of the slices that are tried",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of all that is drawn")
+    parser.add_argument("--seed", type=int, default=AnalysisSettings.seed, help="Of all that is drawn")
     parser.add_argument(
         "--task",
         type=str,

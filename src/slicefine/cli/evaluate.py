@@ -72,13 +72,21 @@ def add(parser: ArgumentParser) -> None:
         help="Folder of answers and results; null = evaluation/<suite, or name of the data> in the run",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=32, metavar="N", help="Questions, or examples, per forward pass"
+        "--batch_size",
+        type=int,
+        default=Settings.batch_size,
+        metavar="N",
+        help="Questions, or examples, per forward pass",
     )
     parser.add_argument(
         "--max_new_tokens", type=int, metavar="N", help=f"Longest answer, in tokens; null = {published}"
     )
     parser.add_argument(
-        "--num_beams", type=int, default=1, metavar="N", help="Beams of the search; 1 = greedy (LLM-Adapters use 4)"
+        "--num_beams",
+        type=int,
+        default=Settings.num_beams,
+        metavar="N",
+        help="Beams of the search; 1 = greedy (LLM-Adapters use 4)",
     )
     parser.add_argument(
         "--train_data",
@@ -94,7 +102,7 @@ def add(parser: ArgumentParser) -> None:
         "--overwrite", action="store_true", help="Drop the answers there are, and do not go on with them"
     )
     parser.add_argument(
-        "--engine", type=str, default="generate", help=f"{' or '.join(ENGINES)}; lm-eval = lm-evaluation-harness"
+        "--engine", type=str, default=Settings.engine, help=f"{' or '.join(ENGINES)}; lm-eval = lm-evaluation-harness"
     )
 
 

@@ -36,7 +36,7 @@ class Kind:
 
 
 FINER = (5e-4, 1e-3, 2e-3, 4e-3)
-"""Learning rates of slices and of LoRA: where both are at their best, in steps of two (steps of three decide by luck)."""
+"""Learning rates of slices and of LoRA, in steps of two (steps of three decide by luck)."""
 HIGHER = (1e-3, 3e-3, 1e-2, 3e-2)
 """Learning rates of methods that train few numbers, or numbers that begin at zero."""
 KINDS = {
@@ -88,7 +88,7 @@ KINDS = {
         r=256,
         settings="d_initial 0.1, one pair of projections for all layers",
         source="PEFT's defaults",
-        learning_rates=HIGHER,
+        learning_rates=(3e-3, 1e-2, 3e-2, 1e-1),
     ),
     PREFIX: Kind(
         title="keys and values before those of the input; r is their number",
@@ -108,7 +108,6 @@ KINDS = {
         r=32,
         settings="as many as LoRA of rank r has, mask `random`",
         source="PEFT's defaults",
-        learning_rates=HIGHER,
     ),
     RANDOM_MASK: Kind(
         title="single weights at random places, by masking the gradient of the whole weight",

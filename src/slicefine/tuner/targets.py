@@ -65,6 +65,11 @@ def find_parameters(model: nn.Module, config: SliceFineConfig) -> dict[str, list
     return wanted
 
 
+def _around_parameters(model: nn.Module, config: SliceFineConfig) -> set[str]:
+    """The targets whose tuner layers stand around parameters, by the names that those layers have."""
+    return {key for name, parameters in find_parameters(model, config).items() for key in layer_names(name, parameters)}
+
+
 def _nested(name: str, module: nn.Module, parameters: list[str]) -> dict[str, Place]:
     """The places of parameters of one module: their tuner layers stand one around the other, the last one outermost."""
     below = dict(zip(layer_names(name, parameters), reversed(parameters), strict=True))
@@ -121,7 +126,7 @@ def find_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str, 
         if parameter is not None
     )
     sound = {}
-    parameters = {key for name, of in find_parameters(model, config).items() for key in layer_names(name, of)}
+    parameters = _around_parameters(model, config)
     for name, place in targets.items():
         problem = why_not(place, owners, as_parameter=name in parameters, train_bias=config.bias != "none")
         if problem:
@@ -136,7 +141,7 @@ def narrow_problems(model: nn.Module, config: SliceFineConfig, targets: dict[str
     """What is narrower than `r` though it was asked for by name."""
     if names_all_linear(config) or config.seals is not None:
         return []
-    parameters = {key for name, of in find_parameters(model, config).items() for key in layer_names(name, of)}
+    parameters = _around_parameters(model, config)
     return by_text(
         {
             weight_name(name, targets[name])

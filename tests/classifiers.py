@@ -57,15 +57,15 @@ def reviews(numbers: Iterable[int], labels: tuple[Any, Any] = ("negative", "posi
     ]
 
 
-def text_model(folder: Path) -> Path:
-    """A BERT with random weights, and a tokenizer of the words above."""
+def text_model(folder: Path, **sizes: int) -> Path:
+    """A BERT with random weights, of other `sizes` where they are given, and a tokenizer of the words above."""
     folder.mkdir(parents=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(word for words in WORDS.values() for word in words)]
     (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=32).save_pretrained(folder)
     torch.manual_seed(0)
     BertModel(
-        BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, initializer_range=0.2, **SMALL)
+        BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, initializer_range=0.2, **SMALL | sizes)
     ).save_pretrained(folder)
     return folder
 

@@ -301,6 +301,15 @@ def test_what_has_its_size_in_its_name_keeps_it() -> None:
     assert equal_in_size(method("prefix"), 7, encoder, find_places(encoder)) == method("prefix")
 
 
+def test_a_usual_rank_that_is_too_large_is_made_smaller_where_sizes_are_to_be_equal() -> None:
+    model = build(tiny("llama-3.2-3b-small"))
+    places = find_places(model)
+    assert why_not(method("SHiRA"), model, places) is not None
+    found = equal_in_size(method("SHiRA"), adapter_size(method("LoRA-r2"), model, places), model, places)
+    assert found == method("SHiRA-r2")
+    assert why_not(found, model, places) is None
+
+
 def test_a_rank_that_is_named_makes_no_other_method() -> None:
     assert method("LoRA-r8") == method("LoRA")
     assert len({method("LoRA-r8"), method("LoRA"), method("VeRA"), method("VeRA-r256")}) == 2

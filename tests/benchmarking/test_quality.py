@@ -13,12 +13,14 @@ import pytest
 import torch
 from benchmarked import quality_of
 from classifiers import reviews, text_model, write_table
+from parrot import make_tokenizer, random_llama
 from safetensors.torch import load_file, save_file
 
 from slicefine.benchmarking import quality, quality_report, quality_tables, quality_timing
 from slicefine.benchmarking.cells import Cells, Outcome
+from slicefine.benchmarking.fitting import Job, attach_to, prepare
 from slicefine.benchmarking.methods import method
-from slicefine.benchmarking.quality import Comparison, compare, model_fingerprint
+from slicefine.benchmarking.quality import Comparison, compare, decisive, model_fingerprint
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.suite import load_suite
 from slicefine.benchmarking.timing import Measured
@@ -119,6 +121,34 @@ def test_ranks_that_are_named_stay_when_those_of_others_are_chosen(
     found = compared(settings(methods=asked, equal_parameters="SliceFine-1R"))
     names = [one.name for one in found.variants["words"]]
     assert sorted(names) == sorted(["SliceFine-1R", "LoRA-r4", "LoRA-r8", "LoRA-r1", "HRA-r6", "HRA-r2"])
+
+
+def test_ranks_that_differ_from_model_to_model_are_no_rows(
+    settings: Callable[..., QualitySettings], made: list[str], tmp_path: Path
+) -> None:
+    text_model(tmp_path / "deep", num_hidden_layers=9)
+    of = f"recipe: minilm-text-classification, data.train: {tmp_path}/sets/words/train.jsonl, test: {tmp_path}/sets/words/test.jsonl"
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(f"tasks: {{one: {{{of}}}, deep: {{{of}, model.name: {tmp_path}/deep}}}}")
+    asked = {"suite": str(suite), "overrides": {"data.max_length": 16}, "methods": ("full", "VeRA")}
+    suite.write_text(suite.read_text().replace(f"{of}}}, deep", f"{of}, model.name: {tmp_path}/model}}, deep"))
+    with pytest.raises(SliceFineError, match="`--equal_parameters full` chooses other ranks for other models"):
+        compared(settings(**asked, equal_parameters="full"))
+
+
+def test_a_rewarming_of_another_length_is_another_run(settings: Callable[..., QualitySettings]) -> None:
+    """A run that chooses has 250 steps of 500 or of 1000: what rewarms in it for 5 steps, or for 3, is not the same."""
+    given = settings()
+    (task,) = load_suite(given.suite, given.overrides)
+    keys = []
+    for rewarm, final_steps in ((0, 500), (0, 1000), (10, 500), (10, 1000)):
+        variant = Variant(method=method("SliceFine-1R"), slide_every=final_steps // 8, rewarm=rewarm)
+        job = Job(
+            task=task, variant=variant, learning_rate=1e-3, seed=0, steps=250, final_steps=final_steps, evaluations=1, final=False,
+        )  # fmt: skip
+        keys.append({key: value for key, value in decisive(job, "sha256:1", {}).items() if key != "slide_every"})
+    assert keys[0] == keys[1]
+    assert [key.get("rewarm") for key in keys] == [None, None, 5, 3]
 
 
 def test_a_task_may_have_a_length_and_lower_rates_of_its_own(
@@ -236,7 +266,7 @@ def test_times_of_another_machine_or_without_enough_memory_are_measured_again(
 
 def test_a_step_is_timed_as_the_trainer_makes_it(settings: Callable[..., QualitySettings]) -> None:
     """As many batches, averaged, clipped as the recipe says, by the trainer's own optimizer."""
-    given = settings(rounds=1)
+    given = settings(rounds=2)
     more = {
         "training.gradient_accumulation_steps": 3,
         "training.max_grad_norm": 0.0,
@@ -244,7 +274,7 @@ def test_a_step_is_timed_as_the_trainer_makes_it(settings: Callable[..., Quality
     }
     (task,) = load_suite(given.suite, given.overrides | more)
     batches = quality_timing._batches(task, given, "cpu")
-    assert len(batches) == 3 * (1 + quality_timing.WARMUP)
+    assert len(batches) == 3 * 2
     step = quality_timing._Step(task, Variant(method=method("full")), given, batches, "cpu")
     step._optimizer = torch.optim.SGD(step._attached.trainable, lr=0.0)
     gradients: list[torch.Tensor] = []
@@ -261,9 +291,95 @@ def test_a_step_is_timed_as_the_trainer_makes_it(settings: Callable[..., Quality
     ]
 
 
+def test_timed_batches_of_texts_are_of_every_length(settings: Callable[..., QualitySettings], tmp_path: Path) -> None:
+    """By length the longest come first: the first batches alone would be the longest of all."""
+    rows = [{"text": " ".join(["good"] * length), "label": length % 2} for length in range(1, 25) for _ in range(4)]
+    write_table(tmp_path / "sets/words/train.jsonl", rows)
+    given = settings(rounds=4)
+    more = {"training.per_device_train_batch_size": 4, "data.max_length": 32}
+    (task,) = load_suite(given.suite, given.overrides | more)
+    lengths = [batch["input_ids"].shape[1] for batch in quality_timing._batches(task, given, "cpu")]
+    assert sorted(lengths) == [pytest.approx(2 + 24 * (2 * at + 1) / 8, abs=3) for at in range(4)]
+
+
+def test_a_step_of_a_language_model_is_timed_with_the_loss_that_it_is_trained_with(tmp_path: Path) -> None:
+    """TRL's: logits and loss in one, and not those of the model."""
+    tokenizer = make_tokenizer(["one two three"])
+    random_llama(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for name, first in (("train", "one"), ("test", "two")):
+        write_table(tmp_path / f"{name}.jsonl", [{"text": f"{first} two three"}] * 20)
+    files = f"data.train: {tmp_path}/train.jsonl, test: {tmp_path}/test.jsonl, model.name: {tmp_path}/model"
+    (tmp_path / "suite.yaml").write_text(f"tasks:\n  words: {{recipe: llama-3.2-3b-math, {files}}}\n")
+    more = {
+        "data.format": "text",
+        "data.max_length": 32,
+        "training.bf16": False,
+        "training.gradient_accumulation_steps": 1,
+    }
+    given = QualitySettings(suite=str(tmp_path / "suite.yaml"), rounds=1, overrides=more)
+    (task,) = load_suite(given.suite, given.overrides)
+    batches = quality_timing._batches(task, given, "cpu")
+    step = quality_timing._Step(task, Variant(method=method("SliceFine-2R")), given, batches, "cpu")
+    said: list[dict[str, Any]] = []
+    step._attached.model.register_forward_pre_hook(lambda _module, _inputs, more: said.append(more), with_kwargs=True)
+    assert step(0) > 0
+    assert [more["fused_lm_head"] for more in said] == [True]
+
+
+def test_a_random_mask_is_refused_where_weights_decay(settings: Callable[..., QualitySettings]) -> None:
+    given = settings()
+    (task,) = load_suite(given.suite, given.overrides | {"training.weight_decay": 0.1})
+    job = quality_timing._job(task, Variant(method=method("random-mask")), given)
+    with pytest.raises(SliceFineError, match=r"weight decay \(0.1\) would change the weights that are not of the mask"):
+        attach_to(prepare(task.recipe, 0), job)
+
+
+# -------------------------------------------------------------------- learning rates
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (8e-3, [1e-3, 2e-3, 4e-3, 8e-3]),  # at the end again, and the grid went on for long enough
+        (4e-3, [1e-3, 2e-3, 4e-3, 8e-3]),
+        (2e-3, [1e-3, 2e-3, 4e-3]),
+        (1e-3, [1e-3, 2e-3, 5e-4]),
+        (2.5e-4, [1e-3, 2e-3, 5e-4, 2.5e-4]),
+    ],
+)
+def test_a_grid_goes_on_beyond_the_end_where_its_best_lies(
+    settings: Callable[..., QualitySettings], monkeypatch: pytest.MonkeyPatch, best: float, tried: list[float]
+) -> None:
+    runs: list[tuple[float, bool]] = []
+
+    def at_once(run: Any, jobs: Sequence[Any], **how: Any) -> Iterator[tuple[Any, Outcome]]:
+        for job in jobs:
+            rate = job[0].learning_rate
+            runs.append((rate, job[0].final))
+            yield job, dataclasses.replace(OUTCOME, loss=abs(math.log(rate / best)))
+
+    monkeypatch.setattr(quality, "in_processes", at_once)
+    given = settings(methods=("LoRA-r8",), learning_rates=(1e-3, 2e-3), extend=2)
+    found = compared(given)
+    assert [rate for rate, final in runs if not final] == tried
+    assert [rate for rate, final in runs if final] == [best]
+    place = quality_tables.edge(found, "words", "LoRA-r8")
+    assert place == ("within" if min(tried) < best < max(tried) else "lowest" if best == min(tried) else "highest")
+    count = len(runs)
+    compared(given)
+    assert len(runs) == count  # nothing is made twice
+    assert "by up to 2 more beyond the end" in quality_report.run(given, "slicefine bench quality").intro
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        ({"extend": -1}, "`--extend` is at least 0; got -1"),
+        (
+            {"equal_parameters": "head-only"},
+            "names a method that trains weights beside a new head; head-only trains none",
+        ),
         ({"seed": -1}, "`--seed` is at least 0"),
         ({"seed": 2**32 - 1, "seeds": 2}, "below 2**32"),
         ({"learning_rates": (math.inf,)}, "above 0 and finite"),

@@ -155,6 +155,7 @@ def test_the_curve_of_a_language_model_is_of_the_examples_that_choose(tmp_path: 
     (outcome,) = found.of("words", "SliceFine-2R")
     assert [point["step"] for point in outcome.curve] == [4, 8, 9]
     assert outcome.loss != outcome.curve[-1]["loss"]
+    assert outcome.scores.keys() == {"perplexity", "token_accuracy"}
 
 
 # ---------------------------------------------------------------- the processes

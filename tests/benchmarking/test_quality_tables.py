@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from slicefine.benchmarking import quality_tables
@@ -126,6 +127,39 @@ def test_of_a_language_model_less_loss_is_better(found):
     assert table(found, "Time to")[OURS]["one: steps to 4.0"] == 50
     row = table(found, "one")[OURS]
     assert (row["loss"], row["perplexity"], row["token_accuracy"]) == (3, 50, 30)
+
+
+def test_scores_beside_the_first_do_not_hang_on_the_reference(found):
+    found.final = {
+        run: dataclasses.replace(made, scores=made.scores | {"f1": 0.5})
+        for run, made in found.final.items()
+        if run.method != LORA
+    }
+    assert table(found, "one")[OURS]["f1"] == 50
+
+
+def test_of_models_of_two_sizes_both_numbers_are_given(found):
+    for seed in (0, 1):
+        run = cell("two", OURS, seed)
+        found.final[run] = dataclasses.replace(found.final[run], active=1200)
+    row = table(found, "Scores")[OURS]
+    assert (row["#TTPs (active)"], row["touched"], row["added"]) == ("10 to 1,200", 30, 0)
+
+
+def test_other_examples_of_one_task_are_drawn_apart_from_those_of_another(found):
+    """Two tasks that trend alike by the place of an example: were the same places drawn in both, the mean would vary as one."""
+    one, two = (quality_tables._draws(tuple(LABELS), (0,) * 100, "accuracy", 1, name) for name in ("one", "two"))
+    assert abs(np.corrcoef(one, two)[0, 1]) < 0.1
+    assert (quality_tables._draws(tuple(LABELS), (0,) * 100, "accuracy", 1, "one") == one).all()
+
+
+def test_a_depth_window_is_timed_by_whole_turns(found):
+    """Of turns of 1 and of 3 seconds five rounds have three of the first."""
+    name = "SliceFine-5RC-w2"
+    for task in ("one", "two"):
+        found.variants[task] = [*found.variants[task], Variant(method=method(name))]
+        found.timed[task].seconds[name] = [1.0, 3.0, 1.0, 3.0, 1.0]
+    assert quality_tables.Tasks(found).seconds(found.tasks[0], name) == 2
 
 
 def test_why_there_are_no_times(found):

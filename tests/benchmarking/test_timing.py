@@ -44,6 +44,18 @@ def test_every_round_runs_all_on_one_batch_in_an_order_of_its_own() -> None:
     assert (measured.arrangement, measured.failed, measured.interrupted) == ("together", {}, False)
 
 
+def test_what_does_other_work_in_every_round_is_averaged_over_whole_cycles() -> None:
+    seconds = {"a": [1.0, 2.0, 6.0, 3.0, 4.0, 8.0, 9.0], "b": []}
+    together = Measured(arrangement="together", seconds=seconds)
+    assert together.cycles("a", 1) == seconds["a"]
+    assert together.cycles("a", 3) == [3, 5]  # and not the seventh, a cycle's first round
+    assert together.cycles("a", 8) == [33 / 7]  # there is no whole one
+    assert (together.cycles("b", 2), together.cycles("c", 2)) == ([], [])
+    in_turns = Measured(arrangement="in turns", seconds=seconds)  # four rounds, then three that begin anew
+    assert in_turns.cycles("a", 3) == [3, 7]
+    assert in_turns.cycles("a", 2) == [1.5, 4.5, 6]
+
+
 def test_in_turns_each_is_alone_once_in_each_order() -> None:
     log: Log = []
     alive: weakref.WeakSet[object] = weakref.WeakSet()

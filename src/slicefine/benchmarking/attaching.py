@@ -143,8 +143,8 @@ def _first_rank(r: int) -> int:
 
 
 def equal_in_size(method: Method, size: int, model: nn.Module, places: Mapping[str, Place]) -> Method:
-    """`method` with the rank that brings what it trains nearest to `size` parameters; itself if its rank is given by its name."""
-    if not method.sizable or why_not(method, model, places) is not None:
+    """`method` with the rank that brings what it trains nearest to `size` parameters; itself if its name gives its rank, or none will do."""
+    if not method.sizable or why_not(method.of_rank(1), model, places) is not None:
         return method
 
     def size_at(r: int) -> int:

@@ -21,10 +21,12 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from slicefine.benchmarking.ablations import CarriedMoments, Rewarm, slices_of
 from slicefine.benchmarking.attaching import Attached, attach
 from slicefine.benchmarking.cells import Outcome
+from slicefine.benchmarking.methods import RANDOM_MASK
 from slicefine.benchmarking.models import TEXT
 from slicefine.benchmarking.suite import QualityTask
 from slicefine.benchmarking.timing import release
 from slicefine.benchmarking.variants import CARRIED, TRAINED, Variant
+from slicefine.errors import SliceFineError
 from slicefine.training.checked import CheckedTrainer, NotFiniteError
 from slicefine.training.checkpointing import enable_checkpointing
 from slicefine.training.metrics import Scores
@@ -142,6 +144,9 @@ def _by_length(examples: Any) -> Any:
 
 def attach_to(prepared: Prepared, job: Job) -> Attached:
     """The method on the model. Raises `SliceFineError` with the reason if it cannot be."""
+    decay = job.task.recipe.training.weight_decay
+    if decay and job.variant.method.kind == RANDOM_MASK:
+        raise SliceFineError(f"weight decay ({decay:g}) would change the weights that are not of the mask, too")
     return attach(
         job.variant.method,
         prepared.model,
@@ -233,9 +238,9 @@ def _curve(trainer: CheckedTrainer) -> list[dict[str, float]]:
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:
     """The loss and the scores among Trainer's figures, and the step."""
-    speeds = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    others = ("epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     named = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
-    return {"step": metrics["step"]} | {key: value for key, value in named.items() if key not in speeds}
+    return {"step": metrics["step"]} | {key: value for key, value in named.items() if key not in others}
 
 
 def _last(curve: list[dict[str, float]]) -> dict[str, Any]:

@@ -170,6 +170,11 @@ class Method:
         return KINDS[self.kind].speed_only
 
     @property
+    def has_size(self) -> bool:
+        """Whether it trains anything beside a new head."""
+        return self.kind not in (FROZEN, HEAD_ONLY)
+
+    @property
     def has_slices(self) -> bool:
         """Whether it is slicefine's own tuner."""
         return self.kind in (SLICEFINE, ROCOFT)
@@ -214,6 +219,15 @@ def method(name: str) -> Method:
     if kind == HRA and found[2] and int(found[2]) % 2:
         raise SliceFineError(f"HRA takes even ranks, which its start needs; got {name!r}.")
     return Method(kind=kind, r=int(found[2]) if found[2] else KINDS[kind].r, named=bool(found[2]))
+
+
+def sizeless(equal_parameters: str | None) -> list[str]:
+    """What is wrong with `--equal_parameters`, where it names a method that is known."""
+    if equal_parameters is None or method(equal_parameters).has_size:
+        return []
+    return [
+        f"`--equal_parameters` names a method that trains weights beside a new head; {equal_parameters} trains none."
+    ]
 
 
 def _with_ending_of(name: str) -> list[str]:

@@ -88,8 +88,11 @@ def compare(settings: QualitySettings, changed: Listener) -> Comparison:
         if settings.rounds:
             _time(settings, found)
             changed(found)
-        runs.make(list(runs.of_grid()))
-        _choose(found)
+        wanted = list(runs.of_grid())
+        while wanted:
+            runs.make(wanted)
+            _choose(found)
+            wanted = list(runs.beyond_grid())
         runs.make(list(runs.of_final()))
     except KeyboardInterrupt:
         found.interrupted = True
@@ -124,6 +127,12 @@ class _Plan:
                 found.variants[task.name] = self._settings.variants(self._methods(prepared))
             except SliceFineError as error:
                 problems.append(f"Task {task.name}: {error}")
+        names = {tuple(one.name for one in of_task) for of_task in found.variants.values()}
+        if len(names) > 1:  # a method would be a row of another name for each of them
+            problems.append(
+                f"`--equal_parameters {self._settings.equal_parameters}` chooses other ranks for other models: "
+                f"{'; '.join(', '.join(of_task) for of_task in sorted(names))}. Compare tasks of one model, or name the ranks."
+            )
         raise_all(problems, "slicefine bench quality")
         return found
 
@@ -185,7 +194,7 @@ class _Runs:
     def refuse_unreadable(self) -> None:
         """Raise `SliceFineError` for every kept run that this comparison may need and cannot read."""
         problems = []
-        for cell, job in [*self.of_grid(), *self._of_final(every_rate=True)]:
+        for cell, job in self._of_any_rate():
             try:
                 self._cells.read(cell, self._decisive(job))
             except SliceFineError as error:
@@ -220,20 +229,41 @@ class _Runs:
                 for rate in self._settings.rates(variant.method, task):
                     yield self._run(task, variant, rate, self._settings.seed, final=False)
 
+    def beyond_grid(self) -> Iterator[tuple[Cell, Job]]:
+        """One more learning rate for each method whose best lies at an end of what it has tried."""
+        settings, found = self._settings, self._found
+        for task in found.tasks:
+            for variant in found.variants[task.name]:
+                best = found.rates.get((task.name, variant.name))
+                tried = {c.learning_rate for c in found.grid if (c.task, c.method) == (task.name, variant.name)}
+                rate = best and settings.beyond(variant.method, task, tried, best)
+                if rate and (task.name, variant.name) not in found.failed:
+                    cell, job = self._run(task, variant, rate, settings.seed, final=False)
+                    self.progress.leave_out(-cell.steps)
+                    yield cell, job
+
     def of_final(self) -> Iterator[tuple[Cell, Job]]:
         """Every seed, at the learning rate chosen; seed by seed, so that what is there after Ctrl-C can be compared."""
-        chosen = list(self._of_final())
+        settings, rates = self._settings, self._found.rates
+        chosen = [
+            self._run(task, variant, rates[task.name, variant.name], seed, final=True)
+            for seed in range(settings.seed, settings.seed + settings.seeds)
+            for task in self._found.tasks
+            for variant in self._found.variants[task.name]
+            if (task.name, variant.name) in rates
+        ]
         self.progress.leave_out(self._final_steps() - sum(cell.steps for cell, _ in chosen))
         yield from chosen
 
-    def _of_final(self, *, every_rate: bool = False) -> Iterator[tuple[Cell, Job]]:
-        for seed in range(self._settings.seed, self._settings.seed + self._settings.seeds):
-            for task in self._found.tasks:
-                for variant in self._found.variants[task.name]:
-                    rate = self._found.rates.get((task.name, variant.name))
-                    for one in self._settings.rates(variant.method, task):
-                        if every_rate or one == rate:
-                            yield self._run(task, variant, one, seed, final=True)
+    def _of_any_rate(self) -> Iterator[tuple[Cell, Job]]:
+        """Every run that the comparison may come to."""
+        settings = self._settings
+        for task in self._found.tasks:
+            for variant in self._found.variants[task.name]:
+                for rate in settings.ladder(variant.method, task):
+                    yield self._run(task, variant, rate, settings.seed, final=False)
+                    for seed in range(settings.seed, settings.seed + settings.seeds):
+                        yield self._run(task, variant, rate, seed, final=True)
 
     def _run(self, task: QualityTask, variant: Variant, rate: float, seed: int, *, final: bool) -> tuple[Cell, Job]:
         final_steps = self._settings.steps_of(task)
@@ -312,14 +342,19 @@ def decisive(job: Job, model: str, sources: dict[str, Any]) -> dict[str, Any]:
     }
     # Kept runs of AdaLoRA in which its own term was a part of the loss that judges are not those of today.
     loss = {"loss": "of the task"} if job.variant.method.kind == ADALORA else {}
-    return loss | {
-        "recipe": recipe,
-        "model": model,
-        "examples": _contents(sources),
-        "slide_every": job.variant.every(job.steps, job.final_steps) if job.variant.method.has_slices else None,
-        "evaluations": job.evaluations,
-        "versions": {name: versions()[name] for name in ("torch", "transformers", "peft", "slicefine")},
-    }
+    rewarmed = job.variant.rewarmed(job.steps, job.final_steps)
+    return (
+        loss
+        | ({"rewarm": rewarmed} if rewarmed else {})
+        | {
+            "recipe": recipe,
+            "model": model,
+            "examples": _contents(sources),
+            "slide_every": job.variant.every(job.steps, job.final_steps) if job.variant.method.has_slices else None,
+            "evaluations": job.evaluations,
+            "versions": {name: versions()[name] for name in ("torch", "transformers", "peft", "slicefine")},
+        }
+    )
 
 
 def _unless_text(validation: float | str | None) -> float | None:

@@ -23,7 +23,7 @@ from slicefine.benchmarking.suite import QualityTask
 INTRO = """\
 Pretrained models are tuned to each task for {steps}{bf16}, by the trainer and the settings of the task's recipe: AdamW, {training}, the \
 model's own dropout. All methods train the same matrices (every linear layer but the head), and the new head in full, from the same initial \
-values, on the same batches. Each has a grid of learning rates of its own, all of one size{sizes}, and takes the one with the lowest loss on examples that choose, after a run \
+values, on the same batches. Each has a grid of learning rates of its own, all of one size{sizes}{extended}, and takes the one with the lowest loss on examples that choose, after a run \
 with the first seed, of as many steps as **The examples** says. Final runs have seeds {first} to {last}; the examples that judge were scored once in each, after the last step, and decided nothing. \
 SliceFine moves as its name says, by default after each eighth of the run, and trains biases and normalisations \
 where its name says so. Active: parameters trained at a step; touched: by the end; neither counts the head."""
@@ -104,6 +104,9 @@ def _intro(found: Comparison) -> str:
         bf16=_bf16(found.tasks),
         training=", ".join(_of_all(found.tasks, key, words) for key, words in TRAINING.items()),
         sizes=f", {sizes.pop()}" if len(sizes) == 1 else "",
+        extended=f" (and by up to {settings.extend} more beyond the end where its best lies)"
+        if settings.extend
+        else "",
         first=settings.seed,
         last=settings.seed + settings.seeds - 1,
     )
@@ -137,8 +140,8 @@ def _drawn(found: Comparison) -> dict[str, str]:
     for name in tasks.names:
         outcomes = [outcome for task in found.tasks for outcome in found.of(task.name, name)]
         means = averages(tasks, name)
-        if means and outcomes[0].active:
-            sized[name] = (outcomes[0].active, statistics.fmean(means.values()))
+        if means and (active := statistics.fmean(outcome.active for outcome in outcomes)):
+            sized[name] = (active, statistics.fmean(means.values()))
     if sized:
         made[""] = charts.scatter(sized, "parameters trained at a step (without the head)", "mean score over the tasks")
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}

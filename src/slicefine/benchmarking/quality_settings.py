@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slicefine.benchmarking.methods import FROZEN, KINDS, METHODS, Method, method
+from slicefine.benchmarking.methods import FROZEN, KINDS, METHODS, Method, method, sizeless
 from slicefine.benchmarking.suite import LEAST_STEPS, QualityTask, settable
 from slicefine.benchmarking.variants import Variant, problems, unused, variants
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
@@ -28,6 +28,8 @@ class QualitySettings:
     methods: tuple[str, ...] = TRAINED
     learning_rates: tuple[float, ...] | None = None
     """Grid of every method; None = a grid of four for each kind of method."""
+    extend: int = 0
+    """By how many rates, one after another, a grid goes on beyond the end where its best rate lies."""
     seeds: int = 3
     """Final runs of every method on every task, with seeds from `seed` on."""
     seed: int = 0
@@ -65,6 +67,7 @@ class QualitySettings:
             ("seeds", 1),
             ("steps", LEAST_STEPS),
             ("grid_steps", 1),
+            ("extend", 0),
             ("evaluations", 1),
             ("processes", 1),
             ("threads", 1),
@@ -99,6 +102,8 @@ class QualitySettings:
             if one.speed_only:
                 why = "it trains nothing" if one.kind == FROZEN else "it is there to be timed"
                 found.append(f"`--methods`: {one.name} has no quality, {why}. See `slicefine bench speed`.")
+        if self.equal_parameters in methods and not methods[self.equal_parameters].speed_only:
+            found += sizeless(self.equal_parameters)
         if not self.methods:
             found.append("`--methods` names at least one.")
         found += problems(dict(self.ablations))
@@ -154,12 +159,29 @@ class QualitySettings:
     def rates(self, one: Method, task: QualityTask) -> tuple[float, ...]:
         """The learning rates that a method may choose from on `task`."""
         grid = self.learning_rates or KINDS[one.kind].learning_rates
-        if task.rate_scale == 1:
-            return grid
-        return tuple(float(f"{rate * task.rate_scale:.6g}") for rate in grid)  # 0.0003, and not 0.00030000000000000003
+        return grid if task.rate_scale == 1 else tuple(_rounded(rate * task.rate_scale) for rate in grid)
+
+    def ladder(self, one: Method, task: QualityTask) -> tuple[float, ...]:
+        """`rates` in order, with all by which `extend` may make them go on."""
+        found = sorted(self.rates(one, task))
+        for _ in range(self.extend if len(found) > 1 else 0):
+            found = [_rounded(found[0] ** 2 / found[1]), *found, _rounded(found[-1] ** 2 / found[-2])]
+        return tuple(found)
+
+    def beyond(self, one: Method, task: QualityTask, tried: Collection[float], best: float) -> float | None:
+        """The rate that follows on the end of `tried` where `best` lies; None if it lies within, or the grid went on for long enough."""
+        ladder = self.ladder(one, task)
+        place = ladder.index(best)
+        next_to = [ladder[at] for at in (place - 1, place + 1) if 0 <= at < len(ladder) and ladder[at] not in tried]
+        return next_to[0] if next_to and len(tried) < len(self.rates(one, task)) + self.extend else None
 
     def at_once(self, *, gpu: bool) -> tuple[int, int]:
         """Processes, and threads of each."""
         cores = usable_cores()
         processes = self.processes or (1 if gpu else max(1, cores // 2))
         return processes, self.threads or max(1, cores // processes)
+
+
+def _rounded(rate: float) -> float:
+    """0.0003, and not 0.00030000000000000003"""
+    return float(f"{rate:.6g}")

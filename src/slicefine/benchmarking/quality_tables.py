@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,8 @@ class Tasks:
     def seconds(self, task: QualityTask, name: str) -> float | None:
         """Seconds of a step, timed side by side."""
         timed = self.found.timed.get(task.name)
-        own = timed.seconds.get(name) if timed else None
+        turns = next((one.method.window for one in self.found.variants[task.name] if one.name == name), None) or 1
+        own = timed.cycles(name, turns) if timed else []
         return statistics.median(own) if own else None
 
     def curve(self, task: QualityTask, name: str) -> list[tuple[int, float]]:
@@ -100,12 +102,11 @@ def tables(found: Comparison) -> list[Table]:
 def _poster(tasks: Tasks) -> Table:
     found, rows = tasks.found, []
     for name in tasks.names:
-        outcomes = [outcome for task in found.tasks for outcome in found.of(task.name, name)]
         row: Row = {
             "method": name,
-            "#TTPs (active)": outcomes[0].active if outcomes else None,
-            "touched": outcomes[0].touched if outcomes else None,
-            "added": outcomes[0].added if outcomes else None,
+            "#TTPs (active)": _over_tasks(tasks, name, lambda outcome: outcome.active),
+            "touched": _over_tasks(tasks, name, lambda outcome: outcome.touched),
+            "added": _over_tasks(tasks, name, lambda outcome: outcome.added),
         }
         for task in found.tasks:
             reason = found.failed.get((task.name, name))
@@ -122,6 +123,12 @@ def _poster(tasks: Tasks) -> Table:
         rows=rows,
         note=f"{note} Of the examples that judge, after the last step. Avg.: the mean over the tasks, of the seeds that every task has.",
     )
+
+
+def _over_tasks(tasks: Tasks, name: str, count: Callable[[Outcome], int]) -> int | str | None:
+    """A number of parameters; from the least to the greatest where the models of tasks differ."""
+    counts = sorted({count(outcome) for task in tasks.found.tasks for outcome in tasks.found.of(task.name, name)})
+    return f"{counts[0]:,} to {counts[-1]:,}" if len(counts) > 1 else next(iter(counts), None)
 
 
 def _lacking(tasks: Tasks, name: str) -> list[str]:
@@ -219,21 +226,24 @@ def _interval(tasks: Tasks, name: str, seeds: Sequence[int]) -> Interval | None:
         runs = [[of[seed] for seed in seeds] for of in of_both]
         if metric not in METRICS or any(not outcome.predicted for side in runs for outcome in side):
             return None
-        ours, theirs = (_resampled(side, metric, positive(tasks.found, task)) for side in runs)
+        ours, theirs = (_resampled(side, metric, positive(tasks.found, task), task.name) for side in runs)
         drawn.append(points(metric, 1) * (ours - theirs))
     low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
     return float(low), float(high)
 
 
-def _resampled(outcomes: Sequence[Outcome], metric: str, positive: int) -> np.ndarray:
-    every = [_draws(tuple(o.labels), tuple(o.predicted), metric, positive) for o in outcomes]
+def _resampled(outcomes: Sequence[Outcome], metric: str, positive: int, task: str) -> np.ndarray:
+    every = [_draws(tuple(o.labels), tuple(o.predicted), metric, positive, task) for o in outcomes]
     return np.mean(every, axis=0)
 
 
 @functools.lru_cache(maxsize=4096)  # tables are made anew whenever a run is finished
-def _draws(labels: tuple[float, ...], predicted: tuple[float, ...], metric: str, positive: int) -> np.ndarray:
+def _draws(
+    labels: tuple[float, ...], predicted: tuple[float, ...], metric: str, positive: int, task: str
+) -> np.ndarray:
     known, found, score = np.asarray(labels), np.asarray(predicted), METRICS[metric]
-    draws = np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))
+    # Both sides and all seeds of a task are given the same draws, and every task its own.
+    draws = np.random.default_rng(zlib.crc32(task.encode())).integers(len(known), size=(RESAMPLES, len(known)))
     return np.array([score(known[draw], found[draw], positive) for draw in draws])
 
 
@@ -287,7 +297,8 @@ def first_step(tasks: Tasks, task: QualityTask, name: str, goal: float) -> int |
 
 def _of_task(tasks: Tasks, task: QualityTask) -> Table:
     found, metric, rows = tasks.found, tasks.metric(task), []
-    other = [name for outcome in found.of(task.name, REFERENCE)[:1] for name in outcome.scores if name != metric]
+    every = [outcome.scores for cell, outcome in found.final.items() if cell.task == task.name]
+    other = [name for name in dict.fromkeys(name for scores in every for name in scores) if name != metric]
     for name in tasks.names:
         outcomes, scores = found.of(task.name, name), list(tasks.scores(task, name).values())
         seconds, rate = tasks.seconds(task, name), found.rates.get((task.name, name))

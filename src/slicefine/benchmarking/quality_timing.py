@@ -8,17 +8,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
+import random
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader
 
 from slicefine.benchmarking.attaching import Attached
 from slicefine.benchmarking.cells import VERSION, Cells, file_of
 from slicefine.benchmarking.fitting import Job, attach_to, prepare, trainer_of
+from slicefine.benchmarking.methods import FULL, method
+from slicefine.benchmarking.models import TEXT
 from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.setups import ROOM
 from slicefine.benchmarking.suite import QualityTask
@@ -37,6 +41,10 @@ from slicefine.training.record import commit, hardware, now, versions, write_ato
 from slicefine.training.threads import cpu_threads
 
 WARMUP = 2
+HOW = "batches of every length, by the loss of the trainer"
+"""Times that were measured in another way are measured again."""
+LOOKED_AT = 500
+"""Batches among which those that are timed are found."""
 COPIES = 4
 """Weights, gradients and two moments: what a method may keep of every weight."""
 LEARNING_RATE = 1e-4
@@ -58,6 +66,7 @@ def measured(
         "threads": threads,
         "hardware": hardware() | {"threads": threads},
         "versions": versions(),
+        "measured": HOW,
     }
     path = cells.folder / file_of(f"{task.name}-times", known)
     if path.is_file():
@@ -110,24 +119,25 @@ def _measure(task: QualityTask, variants: Sequence[Variant], settings: QualitySe
 
 
 def _batches(task: QualityTask, settings: QualitySettings, device: str) -> list[dict[str, Any]]:
-    """The first batches of training, as many as the steps take; the same for all methods."""
-    import tempfile
+    """Batches of training, as many as the rounds take; the same for all methods.
 
-    from slicefine.benchmarking.methods import FULL, method
-
+    Texts come by length, the longest first, so that the first batches are not like all others: of the first `LOOKED_AT` those are
+    taken that lie evenly in their order by size, and come in an order of their own.
+    """
+    needed = settings.rounds * task.recipe.training.gradient_accumulation_steps
     prepared = prepare(task.recipe, settings.seed)
     job = _job(task, Variant(method=method(FULL)), settings)
-    attached = attach_to(prepared, job)
     with tempfile.TemporaryDirectory() as folder:
-        loader: DataLoader[Any] = trainer_of(job, prepared, attached, Path(folder)).get_train_dataloader()
-        found = []
-        for batch in loader:
-            found.append(
-                {key: value.to(device) for key, value in dict(batch).items() if isinstance(value, torch.Tensor)}
-            )
-            if len(found) == (settings.rounds + WARMUP) * task.recipe.training.gradient_accumulation_steps:
-                break
-    return found
+        loader = trainer_of(job, prepared, attach_to(prepared, job), Path(folder)).get_train_dataloader()
+        seen = list(itertools.islice(loader, max(needed, LOOKED_AT) if task.recipe.task == TEXT else needed))
+    if task.recipe.task == TEXT:
+        seen.sort(key=lambda batch: batch["input_ids"].shape[1])
+        seen = [seen[(2 * at + 1) * len(seen) // (2 * needed)] for at in range(needed)]
+        random.Random(settings.seed).shuffle(seen)
+    return [
+        {key: value.to(device) for key, value in dict(batch).items() if isinstance(value, torch.Tensor)}
+        for batch in seen
+    ]
 
 
 def _job(task: QualityTask, variant: Variant, settings: QualitySettings) -> Job:
@@ -146,14 +156,18 @@ def _job(task: QualityTask, variant: Variant, settings: QualitySettings) -> Job:
 
 
 class _Step:
-    """A model that is trained by a method, a step at a time."""
+    """A model that is trained by a method, a step at a time, by the loss of its trainer: TRL's is not that of the model."""
 
     def __init__(
         self, task: QualityTask, variant: Variant, settings: QualitySettings, batches: list[dict[str, Any]], device: str
     ) -> None:
         prepared = prepare(task.recipe, settings.seed)
-        prepared.model.to(device).train()  # pyright: ignore[reportArgumentType] -- transformers' annotation of `to` has no strings
-        self._attached: Attached = attach_to(prepared, _job(task, variant, settings))
+        prepared.model.to(device)  # pyright: ignore[reportArgumentType] -- transformers' annotation of `to` has no strings
+        job = _job(task, variant, settings)
+        self._attached: Attached = attach_to(prepared, job)
+        with tempfile.TemporaryDirectory() as folder:
+            self._trainer = trainer_of(job, prepared, self._attached, Path(folder))
+        self._attached.model.train()
         self._optimizer = self._attached.optimizer(LEARNING_RATE)
         self._batches, self._device, self._steps = batches, device, 0
         self._training = task.recipe.training
@@ -165,9 +179,9 @@ class _Step:
 
     def _train(self, batches: list[dict[str, Any]]) -> None:
         for batch in batches:
-            cast = torch.autocast(self._device, torch.bfloat16) if self._training.bf16 else contextlib.nullcontext()
-            with cast:
-                loss = self._attached.model(**batch).loss
+            autocast = torch.autocast(self._device, torch.bfloat16) if self._training.bf16 else contextlib.nullcontext()
+            with autocast:
+                loss = cast(torch.Tensor, self._trainer.compute_loss(cast(Any, self._attached.model), dict(batch)))
             (loss / len(batches)).backward()
         assert self._optimizer is not None
         if self._training.max_grad_norm:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slicefine.benchmarking.methods import FROZEN, METHODS, REFERENCE, Method, method
+from slicefine.benchmarking.methods import FROZEN, METHODS, REFERENCE, Method, method, sizeless
 from slicefine.benchmarking.models import MODELS, SMALL, Architecture, architecture
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
 
@@ -66,7 +66,9 @@ class Settings:
                 problems.append(
                     f"`--{name}` is one of {', '.join(choices)}; got {value!r}.{did_you_mean(value, choices)}"
                 )
-        problems += self._unknown()
+        problems += (unknown := self._unknown())
+        if not unknown:
+            problems += sizeless(self.equal_parameters)
         if self.values is not None and self.sweep is None:
             problems.append("`--values` are those of a sweep; name it with `--sweep`.")
         if self.sweep == RANK and self.equal_parameters is not None:

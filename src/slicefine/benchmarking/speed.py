@@ -173,7 +173,8 @@ def _measure(builds: dict[str, Build], settings: Settings, together: bool, title
 
 
 def _step_row(method: Method, counts: dict[str, Counts], measured: Measured, setup: Setup) -> Row:
-    count, own = counts.get(method.name), measured.seconds.get(method.name)
+    turns = method.window or 1
+    count, own = counts.get(method.name), measured.cycles(method.name, turns)
     row: Row = {
         "method": method.name,
         "active": count and count.active,
@@ -182,7 +183,7 @@ def _step_row(method: Method, counts: dict[str, Counts], measured: Measured, set
         **_milliseconds(own),
     }
     for reference in REFERENCES:
-        row |= _ratio(own, measured.seconds.get(reference), reference, measured.arrangement)
+        row |= _ratio(own, measured.cycles(reference, turns), reference, measured.arrangement)
     of = setup.of
     units, word = (of.batch * of.length, "tokens/s") if of.length else (of.batch, "examples/s")
     row[word] = units / statistics.median(own) if own else None

@@ -48,6 +48,21 @@ class Measured:
     """Name -> reason."""
     interrupted: bool = False
 
+    def cycles(self, name: str, turns: int) -> list[float]:
+        """Seconds of `name`; of what does different work in each of `turns` rounds, the means over whole cycles of them.
+
+        The median of single rounds would be that of one turn. A cycle that was not finished does not count, if there is another.
+        """
+        rounds = self.seconds.get(name, [])
+        half = len(rounds) - len(rounds) // 2  # in turns everything is built twice, and begins anew
+        parts = [rounds] if self.arrangement == TOGETHER else [rounds[:half], rounds[half:]]
+        return [
+            statistics.fmean(part[start : start + turns])
+            for part in parts
+            for start in range(0, max(len(part) - turns, 0) + 1, turns)
+            if part
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:

@@ -48,6 +48,13 @@ def parser() -> ArgumentParser:
         help="Grid of every method, before `rate_scale` of a task; null = four for each kind of method, by what is usual for it",
     )
     made.add_argument(
+        "--extend",
+        type=int,
+        default=QualitySettings.extend,
+        metavar="N",
+        help="By how many rates, one after another, a grid goes on beyond the end where its best rate lies",
+    )
+    made.add_argument(
         "--seeds", type=int, default=QualitySettings.seeds, metavar="N", help="Final runs of each method on each task"
     )
     made.add_argument(

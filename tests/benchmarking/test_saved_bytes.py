@@ -149,6 +149,14 @@ def test_gradients_of_a_batch_before_are_there_in_the_next() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_what_no_batch_gives_a_gradient_has_none_after_several_either() -> None:
+    model, x = Chain(), torch.ones(8, 256)
+    before = count(model, lambda: model(x).sum(), accumulating=True)
+    model.register_parameter("unused", nn.Parameter(torch.ones(2**18)))
+    assert count(model, lambda: model(x).sum(), accumulating=True) == before
+    assert before.gradients == 256 * 256 * 4
+
+
 def test_logits_are_told_by_their_width() -> None:
     model = nn.Linear(64, 256)
     x = torch.ones(8, 64)

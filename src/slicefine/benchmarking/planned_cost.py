@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from slicefine.benchmarking.attaching import PEFT_TASKS
 from slicefine.benchmarking.fake_tensors import fake
+from slicefine.benchmarking.longer_models import with_more_layers
 from slicefine.benchmarking.methods import Method
 from slicefine.benchmarking.planned_couplings import planned_couplings
 from slicefine.benchmarking.planned_model import Subject, logits_in_place, loss_of, prepare
@@ -61,7 +62,7 @@ class Cost:
     masters: int
     """Bytes of trained parameters that are not the model's own: fp32 copies of slices and heads, or an adapter."""
     moments: int
-    """Bytes that AdamW keeps between steps."""
+    """Bytes that AdamW keeps between steps: of all that gets a gradient; where a step is not counted, of all that is trained."""
     originals: int
     """Bytes on the CPU: the original values of what the run will have trained, for SliceFine."""
     artifact: int
@@ -111,6 +112,8 @@ def cost(
         busiest = of.in_full
         busy = attached(busiest, method)
     step = repeated_step_memory(busiest, method, busy, gpu=gpu) if counted and of.layers >= deep else None
+    if counted and step is None:
+        step = step_memory(busiest, busy, gpu=gpu)
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     held = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     masters = {} if method == FULL else trained
@@ -125,10 +128,10 @@ def cost(
         heads=heads,
         weights=_bytes(tensor for key, tensor in held.items() if key not in masters),
         masters=_bytes(masters.values()),
-        moments=MOMENTS * _bytes(trained.values()),
+        moments=MOMENTS * (_bytes(trained.values()) if step is None else step.gradients),
         originals=_originals(model, steps) if of_ours else 0,
         artifact=_artifact(model, steps) if of_ours else _bytes(trained.values()),
-        step=step or (step_memory(busiest, busy, gpu=gpu) if counted else None),
+        step=step,
     )
 
 
@@ -235,8 +238,8 @@ def step_memory(of: Subject, model: nn.Module, *, gpu: bool) -> StepMemory:
 def repeated_step_memory(of: Subject, method: str, model: nn.Module, *, gpu: bool) -> StepMemory | None:
     """`step_memory` of SliceFine or LoRA from models of few layers; None where layers are not the same, or of few kinds.
 
-    Every further layer of a kind adds the same bytes, so a deep model is done in a fraction of the time. Not for full tuning: with
-    large gradients, the highest moment of a deep model may be another one.
+    So a deep model is done in a fraction of the time. Not for full tuning: gradients of an embedding and an output layer, which are of no
+    layer, are large, and come at moments of their own.
 
     Args:
         model: That of the method, on the meta device, with all layers.
@@ -249,18 +252,7 @@ def repeated_step_memory(of: Subject, method: str, model: nn.Module, *, gpu: boo
         base, added = found
         start = step_memory(base, attached(base, method), gpu=gpu)
         further = [(times, step_memory(more, attached(more, method), gpu=gpu)) for times, more in added]
-
-    def extended(of_step: Callable[[StepMemory], int]) -> int:
-        return of_step(start) + sum(times * (of_step(step) - of_step(start)) for times, step in further)
-
-    return StepMemory(
-        saved=extended(lambda step: step.saved),
-        saved_logits=extended(lambda step: step.saved_logits),
-        logits=extended(lambda step: step.logits),
-        gradients=extended(lambda step: step.gradients),
-        peak=extended(lambda step: step.peak),
-        at_peak={kind: extended(lambda step, kind=kind: step.at_peak.get(kind, 0)) for kind in start.at_peak},
-    )
+    return with_more_layers(start, further, accumulating=of.recipe.training.gradient_accumulation_steps > 1)
 
 
 def _shorter(of: Subject, method: str, model: nn.Module) -> tuple[Subject, list[tuple[int, Subject]]] | None:

@@ -26,6 +26,8 @@ from slicefine.benchmarking.fake_tensors import aten, grouped_product
 
 BLOCK = 512
 """CUDA's allocator rounds a tensor up to so many bytes."""
+FORWARD, HEAD, LAYERS = PARTS = ("forward", "backward until a parameter gets its gradient", "the rest of backward")
+"""Of a step. What is alive in each grows with the number of layers in its own way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,20 @@ class StepMemory:
     logits: int
     """The most that is as wide as the vocabulary at once, in blocks of the allocator."""
     gradients: int
-    """Gradients of parameters at the end of the backward pass."""
-    peak: int
-    """The most that is alive at once, in blocks of the allocator."""
-    at_peak: dict[str, int]
-    """`peak` by what it is: `activations` (saved for backward), `logits`, `gradients`, and `temporary`, all else."""
+    """Gradients of parameters at the end of the backward pass; of those that get one."""
+    highest: dict[str, dict[str, int]]
+    """Part of the step (`PARTS`) -> the most that is alive at once, in blocks of the allocator, by what it is: `activations` (saved for
+    backward), `logits`, `gradients`, and `temporary`, all else."""
+
+    @property
+    def at_peak(self) -> dict[str, int]:
+        """What is alive at the highest moment, by what it is."""
+        return max(self.highest.values(), key=lambda alive: sum(alive.values()))
+
+    @property
+    def peak(self) -> int:
+        """The most that is alive at once, in blocks of the allocator."""
+        return sum(self.at_peak.values())
 
 
 # ---------------------------------------------------------------- counting
@@ -61,8 +72,11 @@ class _Live(TorchDispatchMode):
         self._saved: set[int] = set()
         self._watched: dict[int, Any] = {}
         self._now: Counter[str] = Counter()
-        self.peak = self.logits = 0
-        self.at_peak: dict[str, int] = {}
+        self.logits = 0
+        self.highest: dict[str, dict[str, int]] = {part: {} for part in PARTS}
+        self.part = FORWARD
+        self.reached: set[int] = set()
+        """Parameters that have got a gradient."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # what torch wraps around every call otherwise, for compiled code
@@ -96,8 +110,9 @@ class _Live(TorchDispatchMode):
         self._watched[key] = weakref.ref(storage, lambda _, key=key: self._gone(key))
         self._now[self._kinds[key]] += _blocks(self._bytes[key])
         self.logits = max(self.logits, self._now["logits"])
-        if (total := sum(self._now.values())) > self.peak:
-            self.peak, self.at_peak = total, dict(self._now)
+        highest = self.highest[self.part]
+        if sum(self._now.values()) > sum(highest.values()):
+            highest.update(self._now)
 
     def _gone(self, key: int) -> None:
         self._now[self._kinds.pop(key)] -= _blocks(self._bytes.pop(key))
@@ -122,8 +137,27 @@ class _Live(TorchDispatchMode):
     def accumulated(self, parameter: Tensor) -> None:
         """As the hook that is called when a parameter has got its gradient."""
         if parameter.grad is not None:
-            self._see(parameter.grad)
-            self._becomes(_key(parameter.grad), "gradients")
+            self._has(parameter.grad)
+            self.reached.add(id(parameter))
+            self.part = LAYERS
+
+    def _has(self, gradient: Tensor) -> None:
+        self._see(gradient)
+        self._becomes(_key(gradient), "gradients")
+
+    def begin_with_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Give all parameters a gradient, as batches before have."""
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+            self._has(parameter.grad)
+
+    def end_without(self, parameters: Iterable[Tensor]) -> None:
+        """Take back gradients of `parameters` that no batch gives them: they were there at every moment."""
+        for parameter in parameters:
+            assert parameter.grad is not None
+            for highest in filter(None, self.highest.values()):
+                highest["gradients"] -= _blocks(parameter.grad.untyped_storage().nbytes())
+            parameter.grad = None
 
     def saved(self) -> tuple[int, int]:
         """Bytes that are saved now, and those of them that are logits."""
@@ -162,15 +196,17 @@ def count(
     with _without_collector(), ExitStack() as stack:
         for parameter in trained:
             stack.callback(parameter.register_post_accumulate_grad_hook(live.accumulated).remove)
-            if accumulating:
-                parameter.grad = torch.zeros_like(parameter)
-                live.accumulated(parameter)
+        if accumulating:
+            live.begin_with_gradients(trained)
         stack.enter_context(live)
         with torch.autograd.graph.saved_tensors_hooks(live.save, lambda tensor: tensor):
             loss = loss_of()
             saved, saved_logits = live.saved()
+            live.part = HEAD
             loss.backward()
     del loss
+    if accumulating:
+        live.end_without(parameter for parameter in trained if id(parameter) not in live.reached)
     gradients = sum(p.grad.untyped_storage().nbytes() for p in trained if p.grad is not None)
     model.zero_grad(set_to_none=True)
     return StepMemory(
@@ -178,8 +214,7 @@ def count(
         saved_logits=saved_logits,
         logits=live.logits,
         gradients=gradients,
-        peak=live.peak,
-        at_peak=live.at_peak,
+        highest=live.highest,
     )
 
 

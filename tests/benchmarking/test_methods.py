@@ -21,9 +21,9 @@ from slicefine.benchmarking.attaching import (
     find_places,
     why_not,
 )
-from slicefine.benchmarking.methods import KINDS, METHODS, Method, method
+from slicefine.benchmarking.masks import diagonal_blocks, diagonal_size, random_places, train_masked
+from slicefine.benchmarking.methods import KINDS, MASKS, METHODS, Method, method
 from slicefine.benchmarking.models import SMALL, batch_of, build
-from slicefine.benchmarking.random_mask import train_at_random
 from slicefine.benchmarking.split_weight import SplitLinear
 from slicefine.errors import SliceFineError
 from slicefine.slicing import ALTERNATE
@@ -135,7 +135,7 @@ def test_it_trains_a_step_or_says_why_not(name: str, model: str) -> None:
     assert adapted.counts.active == size
     if adapted.method.axis == ALTERNATE:  # one parameter as long as the longer side
         assert wanted >= adapted.counts.active + adapted.counts.head
-    elif name != "random-mask":  # the whole weight wants a gradient
+    elif name not in MASKS:  # the whole weight wants a gradient
         assert wanted == adapted.counts.active + adapted.counts.head
     assert adapted.counts.total == sum(p.numel() for p in base.parameters())
     assert (adapted.counts.head > 0) == (not language and name != "frozen-limit")
@@ -163,7 +163,7 @@ def test_gradients_flow_through_all_blocks_of_the_frozen_limit() -> None:
         assert bool(seen[0].abs().sum() > 0), model
 
 
-@pytest.mark.parametrize("name", ["full", "head-only", "random-mask", "SliceFine-5RC", "SliceFine-4S", "LoRA-r2"])
+@pytest.mark.parametrize("name", ["full", "head-only", *MASKS, "SliceFine-5RC", "SliceFine-4S", "LoRA-r2"])
 def test_a_head_of_several_layers_is_trained_in_full_and_is_no_target(name: str) -> None:
     """Of RoBERTa `new_modules` has the names of both layers of the head."""
     heads, of = ("classifier.dense", "classifier.out_proj"), tiny("roberta-base-small")
@@ -255,6 +255,7 @@ def test_layers_with_transposed_weights(name: str) -> None:
         ("SliceFine-33C", "r = 33 is more than the 32 columns"),
         ("SliceFine-17RC", "r = 17 is more than the 16 rows of model.layers.0.self_attn.k_proj"),
         ("random-mask-r33", "r = 33 is more than the 32 rows"),
+        ("block-mask-r33", "r = 33 is more than the 32 rows"),
         ("split-columns-r33", "r = 33 is more than the 32 columns"),
         ("SHiRA", r"32 x \(32 \+ 32\) weights are more than model.layers.0.self_attn.q_proj"),
     ],
@@ -277,7 +278,7 @@ def test_what_peft_refuses_is_a_reason() -> None:
 # ------------------------------------------------------------------ equal sizes
 
 
-@pytest.mark.parametrize("name", ["LoRA", "AdaLoRA", "VeRA", "prefix", "HRA", "SHiRA", "random-mask"])
+@pytest.mark.parametrize("name", ["LoRA", "AdaLoRA", "VeRA", "prefix", "HRA", "SHiRA", *MASKS])
 @pytest.mark.parametrize("reference", ["SliceFine-5R", "SliceFine-1C", "LoRA-r8"])
 def test_equal_size_is_the_nearest_there_is(name: str, reference: str) -> None:
     model = build(tiny("llama-3.2-3b-small"))
@@ -345,7 +346,8 @@ def test_a_random_mask_trains_as_many_weights_and_no_other() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(12, 20).requires_grad_(False)
     start = linear.weight.detach().clone()
-    mask = train_at_random(linear.weight, 37, seed=3)
+    mask = random_places((20, 12), 37, seed=3)
+    train_masked(linear.weight, mask)
     optimizer = torch.optim.AdamW([linear.weight], lr=1e-2, weight_decay=0.0)
     for _ in range(3):
         linear(torch.randn(8, 12)).square().sum().backward()
@@ -358,10 +360,22 @@ def test_a_random_mask_trains_as_many_weights_and_no_other() -> None:
 def test_a_random_mask_goes_where_its_gradient_is() -> None:
     """Trainer moves a model to the GPU after it was made ready; here the GPU is one without values."""
     weight = nn.Parameter(torch.zeros(2, 3))
-    train_at_random(weight, 2, seed=0)
+    train_masked(weight, random_places((2, 3), 2, seed=0))
     (keep_masked,) = cast(Any, weight)._post_accumulate_grad_hooks.values()
     with FakeTensorMode(allow_non_fake_inputs=True):
         keep_masked(SimpleNamespace(grad=torch.ones(2, 3, device="cuda")))
+
+
+@pytest.mark.parametrize(("rows", "columns", "r"), [(12, 12, 4), (24, 6, 3), (5, 13, 2), (7, 7, 7), (4, 9, 1)])
+def test_diagonal_blocks_reach_every_row_and_column_once(rows: int, columns: int, r: int) -> None:
+    mask = diagonal_blocks((rows, columns), r)
+    assert int(mask.sum()) == diagonal_size((rows, columns), r)
+    kinds = mask.int().unique(dim=0)  # the rows of a block are alike, and no column is in two blocks
+    assert (kinds.sum(0) == 1).all()
+    assert len(kinds) == min(rows, columns) // r
+    if rows % len(kinds) == columns % len(kinds) == 0:
+        blocks = torch.block_diag(*[torch.ones(rows // len(kinds), columns // len(kinds))] * len(kinds))
+        assert torch.equal(mask, blocks.bool())
 
 
 def test_random_masks_of_a_model_differ_by_weight_and_by_seed() -> None:

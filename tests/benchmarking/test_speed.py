@@ -279,7 +279,17 @@ def test_how_models_run(tmp_path: Path, flag: str) -> None:
 def test_dtype_of_weights_and_pixels(tmp_path: Path) -> None:
     setup = Setup.of_settings(settings(tmp_path, dtype="bfloat16"), MODELS["vit-base-small"])
     assert setup.batch(0)["pixel_values"].dtype is setup.base().dtype is torch.bfloat16
-    for name in ("SliceFine-2R", "LoRA-r2", "VeRA-r4", "HRA", "SHiRA-r2", "AdaLoRA-r2", "random-mask", "split-rows"):
+    for name in (
+        "SliceFine-2R",
+        "LoRA-r2",
+        "VeRA-r4",
+        "HRA",
+        "SHiRA-r2",
+        "AdaLoRA-r2",
+        "random-mask",
+        "block-mask",
+        "split-rows",
+    ):
         attached = setup.attach(method(name), slide_every=5)
         attached.model(**setup.batch(0)).loss.backward()
 

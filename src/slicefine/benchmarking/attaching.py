@@ -14,8 +14,10 @@ from peft import AdaLoraConfig, HRAConfig, LoraConfig, PrefixTuningConfig, Shira
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from slicefine.benchmarking.masks import diagonal_blocks, diagonal_size, random_places, train_masked
 from slicefine.benchmarking.methods import (
     ADALORA,
+    BLOCK_MASK,
     FROZEN,
     FULL,
     HEAD_ONLY,
@@ -32,10 +34,9 @@ from slicefine.benchmarking.methods import (
     Method,
 )
 from slicefine.benchmarking.models import CAUSAL_LM, TEXT
-from slicefine.benchmarking.random_mask import train_at_random
 from slicefine.benchmarking.split_weight import SplitLinear
 from slicefine.errors import SliceFineError, listed, raise_all
-from slicefine.slicing import COLUMN, COUPLED, ROW, active_size
+from slicefine.slicing import ALTERNATE, COLUMN, COUPLED, ROW, active_size
 from slicefine.tuner import SliceFineConfig, parameter_counts
 from slicefine.tuner.base_layers import Place
 from slicefine.tuner.config import ALL_LINEAR, block_of
@@ -126,6 +127,8 @@ def adapter_size(method: Method, model: nn.Module, places: Mapping[str, Place], 
         return r * 2 * config.num_hidden_layers * heads * size
     if method.kind == FULL:
         return sum(p.numel() for name, p in model.named_parameters() if not _within(name, heads))
+    if method.kind == BLOCK_MASK:
+        return sum(diagonal_size(place.shape, r) for place in places.values())
     return {
         LORA: r * (rows + columns),
         ADALORA: _first_rank(r) * (rows + columns + len(places)),
@@ -191,7 +194,9 @@ def _too_wide(method: Method, places: Mapping[str, Place]) -> str | None:
         rows, columns = place.shape
         if method.kind == SHIRA and r * (rows + columns) > rows * columns:
             return f"{r} x ({rows} + {columns}) weights are more than {name} of shape {place.shape} has"
-        sliced = {SPLIT_ROWS: ROW, SPLIT_COLUMNS: COLUMN, RANDOM_MASK: ROW}.get(method.kind, method.axis)
+        sliced = {SPLIT_ROWS: ROW, SPLIT_COLUMNS: COLUMN, RANDOM_MASK: ROW, BLOCK_MASK: ALTERNATE}.get(
+            method.kind, method.axis
+        )
         widest = {ROW: rows, COLUMN: columns, None: r}.get(sliced, min(rows, columns))
         if r > widest:
             return f"r = {r} is more than the {widest} {sliced if sliced in (ROW, COLUMN) else 'row'}s of {name}"
@@ -361,8 +366,17 @@ def _random_mask(method: Method, model: nn.Module, places: Mapping[str, Place], 
     assert method.r is not None
     counts = [method.r * place.shape[1] for place in places.values()]
     for number, (place, count) in enumerate(zip(places.values(), counts, strict=True)):
-        train_at_random(cast(nn.Parameter, place.stored), count, seed=seed * len(places) + number)
+        weight = cast(nn.Parameter, place.stored)
+        train_masked(weight, random_places(weight.shape, count, seed=seed * len(places) + number))
     return sum(counts)
+
+
+def _block_mask(method: Method, model: nn.Module, places: Mapping[str, Place], seed: int) -> int:
+    assert method.r is not None
+    for place in places.values():
+        weight = cast(nn.Parameter, place.stored)
+        train_masked(weight, diagonal_blocks(weight.shape, method.r))
+    return sum(diagonal_size(place.shape, method.r) for place in places.values())
 
 
 def _split(axis: str, method: Method, model: nn.Module, places: Mapping[str, Place], seed: int) -> None:
@@ -377,6 +391,7 @@ _OUR_OWN: dict[str, Callable[..., int | None]] = {
     FULL: _full,
     HEAD_ONLY: _head_only,
     RANDOM_MASK: _random_mask,
+    BLOCK_MASK: _block_mask,
     SPLIT_ROWS: partial(_split, ROW),
     SPLIT_COLUMNS: partial(_split, COLUMN),
 }

@@ -21,7 +21,7 @@ from transformers import EvalPrediction, TrainerCallback, TrainerControl, Traine
 from slicefine.benchmarking.ablations import CarriedMoments, Rewarm, slices_of
 from slicefine.benchmarking.attaching import Attached, attach
 from slicefine.benchmarking.cells import Outcome
-from slicefine.benchmarking.methods import RANDOM_MASK
+from slicefine.benchmarking.methods import MASKS
 from slicefine.benchmarking.models import TEXT
 from slicefine.benchmarking.suite import QualityTask
 from slicefine.benchmarking.timing import release
@@ -145,7 +145,7 @@ def _by_length(examples: Any) -> Any:
 def attach_to(prepared: Prepared, job: Job) -> Attached:
     """The method on the model. Raises `SliceFineError` with the reason if it cannot be."""
     decay = job.task.recipe.training.weight_decay
-    if decay and job.variant.method.kind == RANDOM_MASK:
+    if decay and job.variant.method.kind in MASKS:
         raise SliceFineError(f"weight decay ({decay:g}) would change the weights that are not of the mask, too")
     return attach(
         job.variant.method,

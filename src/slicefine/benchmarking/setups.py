@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from slicefine.benchmarking.attaching import Attached, attach, sized
-from slicefine.benchmarking.methods import FULL, RANDOM_MASK, Method
+from slicefine.benchmarking.methods import FULL, MASKS, Method
 from slicefine.benchmarking.models import BUILT_BY, Architecture, batch_of, build
 from slicefine.benchmarking.settings import Settings
 from slicefine.benchmarking.timing import refuse_too_large
@@ -105,7 +105,7 @@ class Setup:
 
     def bytes_of(self, methods: Sequence[Method]) -> int:
         """Weights of a model for each method, with gradients and two moments where the method has them for all weights."""
-        return self.weights * sum(4 if one.kind in (FULL, RANDOM_MASK) else 1 for one in methods)
+        return self.weights * sum(4 if one.kind in (FULL, *MASKS) else 1 for one in methods)
 
 
 def device_of(settings: Settings) -> str:

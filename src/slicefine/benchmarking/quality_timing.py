@@ -41,7 +41,7 @@ from slicefine.training.record import commit, hardware, now, versions, write_ato
 from slicefine.training.threads import cpu_threads
 
 WARMUP = 2
-HOW = "batches of every length, by the loss of the trainer"
+HOW = "batches of every length, the longest first, by the loss of the trainer, on a heap that has grown"
 """Times that were measured in another way are measured again."""
 LOOKED_AT = 500
 """Batches among which those that are timed are found."""
@@ -122,7 +122,8 @@ def _batches(task: QualityTask, settings: QualitySettings, device: str) -> list[
     """Batches of training, as many as the rounds take; the same for all methods.
 
     Texts come by length, the longest first, so that the first batches are not like all others: of the first `LOOKED_AT` those are
-    taken that lie evenly in their order by size, and come in an order of their own.
+    taken that lie evenly in their order by size, and come in an order of their own: the longest ones first, so that in the untimed rounds
+    memory grows to what the others need. They are timed last.
     """
     needed = settings.rounds * task.recipe.training.gradient_accumulation_steps
     prepared = prepare(task.recipe, settings.seed)
@@ -133,7 +134,10 @@ def _batches(task: QualityTask, settings: QualitySettings, device: str) -> list[
     if task.recipe.task == TEXT:
         seen.sort(key=lambda batch: batch["input_ids"].shape[1])
         seen = [seen[(2 * at + 1) * len(seen) // (2 * needed)] for at in range(needed)]
-        random.Random(settings.seed).shuffle(seen)
+        longest = seen[needed - min(needed, WARMUP * task.recipe.training.gradient_accumulation_steps) :]
+        rest = seen[: needed - len(longest)]
+        random.Random(settings.seed).shuffle(rest)
+        seen = [*longest, *rest]
     return [
         {key: value.to(device) for key, value in dict(batch).items() if isinstance(value, torch.Tensor)}
         for batch in seen

@@ -215,11 +215,15 @@ def keep_freed_memory() -> bool:
     """Let the C library keep memory that is freed, instead of returning it to the system; False if it is not glibc.
 
     glibc returns large blocks depending on what else is on its heap, and getting them back costs a page fault for every
-    4 KiB: with several models in one process, one of them pays for what its neighbour left behind.
+    4 KiB: with several models in one process, one of them pays for what its neighbour left behind. So does a heap that grows, as it
+    does for long where blocks have many sizes: it grows beforehand.
     """
     trim_threshold, mmap_max = -1, -4  # names of the options, from malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    kept = mallopt is not None and bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+    if kept:
+        torch.zeros(min(GIB, free_bytes("cpu") // 4), dtype=torch.uint8)  # freed at once, and kept
+    return kept
 
 
 def _nothing() -> None:

@@ -292,7 +292,7 @@ def test_a_step_is_timed_as_the_trainer_makes_it(settings: Callable[..., Quality
 
 
 def test_timed_batches_of_texts_are_of_every_length(settings: Callable[..., QualitySettings], tmp_path: Path) -> None:
-    """By length the longest come first: the first batches alone would be the longest of all."""
+    """By length the longest come first: the first batches alone would be the longest of all. Of those that are timed they warm up."""
     rows = [{"text": " ".join(["good"] * length), "label": length % 2} for length in range(1, 25) for _ in range(4)]
     write_table(tmp_path / "sets/words/train.jsonl", rows)
     given = settings(rounds=4)
@@ -300,6 +300,7 @@ def test_timed_batches_of_texts_are_of_every_length(settings: Callable[..., Qual
     (task,) = load_suite(given.suite, given.overrides | more)
     lengths = [batch["input_ids"].shape[1] for batch in quality_timing._batches(task, given, "cpu")]
     assert sorted(lengths) == [pytest.approx(2 + 24 * (2 * at + 1) / 8, abs=3) for at in range(4)]
+    assert sorted(lengths[: quality_timing.WARMUP]) == sorted(lengths)[-quality_timing.WARMUP :]
 
 
 def test_a_step_of_a_language_model_is_timed_with_the_loss_that_it_is_trained_with(tmp_path: Path) -> None:

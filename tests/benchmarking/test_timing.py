@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import mmap
+import platform
+import subprocess
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -197,6 +200,31 @@ def test_memory_that_this_process_has_is_free_to_it() -> None:
     held = mmap.mmap(-1, 2**28)  # 256 MiB that are new: a tensor may get what was freed before
     held.write(bytes(len(held)))
     assert abs(free_bytes("cpu") - psutil.virtual_memory().available - own) > 0.9 * len(held)
+
+
+HEAP = """
+import resource, sys
+import torch
+from slicefine.benchmarking.timing import keep_freed_memory
+
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for size in (3, 5, 2, 7):  # MiB
+    blocks = [torch.ones(size, 2**18) for _ in range(16)]
+    blocks.clear()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's memory that is kept")
+def test_a_heap_does_not_grow_while_the_clock_runs() -> None:
+    """Every new page would cost the method that comes first a fault."""
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", HEAP, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "as it is")
+    }
+    assert faults["kept"] * 20 < faults["as it is"]
 
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

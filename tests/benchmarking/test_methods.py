@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,9 +23,10 @@ from slicefine.benchmarking.attaching import (
     why_not,
 )
 from slicefine.benchmarking.masks import diagonal_blocks, diagonal_size, random_places, train_masked
-from slicefine.benchmarking.methods import KINDS, MASKS, METHODS, Method, method
+from slicefine.benchmarking.methods import HEAD_ONLY, KINDS, MASKS, METHODS, Method, method
 from slicefine.benchmarking.models import SMALL, batch_of, build
 from slicefine.benchmarking.split_weight import SplitLinear
+from slicefine.benchmarking.timing import release
 from slicefine.errors import SliceFineError
 from slicefine.slicing import ALTERNATE
 
@@ -50,6 +52,21 @@ def step(adapted: Attached, model: str, number: int = 0) -> None:
         optimizer.step()
     if adapted.after_step is not None:
         adapted.after_step(number)
+
+
+# --------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != HEAD_ONLY])
+def test_nothing_keeps_a_model_that_is_done_with(name: str) -> None:
+    """Runs follow each other in a process."""
+    adapted = attached(name, "llama-3.2-3b-small", total_steps=20)
+    layers = weakref.WeakSet(adapted.model.modules())
+    step(adapted, "llama-3.2-3b-small")
+    assert layers
+    del adapted
+    release()
+    assert not [type(layer).__name__ for layer in layers]
 
 
 # --------------------------------------------------------------------- names

@@ -23,6 +23,7 @@ from functools import partial
 
 import psutil
 import torch
+from peft.tuners import shira
 from tqdm import tqdm
 
 from slicefine.errors import SliceFineError
@@ -187,6 +188,10 @@ def out_of_memory(error: Exception) -> bool:
 
 def release() -> None:
     """Give back what is not in use any more."""
+    # PEFT's SHiRA remembers every layer that it ever called, and so its weight (peft 0.21.2).
+    remembered = getattr(shira.layer, "_warn_once_about_module_hooks", None)
+    if hasattr(remembered, "cache_clear"):
+        remembered.cache_clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import psutil
 import torch
@@ -189,7 +190,7 @@ def out_of_memory(error: Exception) -> bool:
 def release() -> None:
     """Give back what is not in use any more."""
     # PEFT's SHiRA remembers every layer that it ever called, and so its weight (peft 0.21.2).
-    remembered = getattr(shira.layer, "_warn_once_about_module_hooks", None)
+    remembered: Any = getattr(shira.layer, "_warn_once_about_module_hooks", None)
     if hasattr(remembered, "cache_clear"):
         remembered.cache_clear()
     gc.collect()

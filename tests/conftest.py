@@ -1,5 +1,6 @@
 """What holds for every test."""
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -10,6 +11,14 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # a shell's background job, in which tests of Ctrl-C would wait for ever
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collector() -> Iterator[None]:
+    """Spare the garbage collector what imports have made: Trainer calls it whenever it starts, for longer than a small run takes."""
+    gc.freeze()
+    yield
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -174,6 +174,7 @@ def test_the_collector_is_left_as_it_was_and_does_not_run_within_a_measurement()
 
         return run
 
+    gc.unfreeze()
     gc.callbacks.append(watch)
     try:
         rounds_of({"a": build})

@@ -8,7 +8,7 @@ import torch
 TINY = "--threads 1 --rounds 2 --warmup 1 --batch 2 --pixels 64 --width 8 --blocks 1"
 
 
-@pytest.mark.usefixtures("quick_collector")
+@pytest.mark.usefixtures("imported")
 def test_it_runs_and_writes_every_figure(tmp_path, capsys):
     import conv_step_time
 

@@ -10,7 +10,7 @@ TINY = (
 )
 
 
-@pytest.mark.usefixtures("quick_collector")
+@pytest.mark.usefixtures("imported")
 def test_it_runs_and_writes_every_figure(tmp_path):
     import exchange
 
@@ -24,7 +24,7 @@ def test_it_runs_and_writes_every_figure(tmp_path):
     assert len(rounds["rows"]) == 1
 
 
-@pytest.mark.usefixtures("quick_collector")
+@pytest.mark.usefixtures("imported")
 def test_an_exchange_that_loses_a_bit_is_counted(monkeypatch):
     import argparse
 

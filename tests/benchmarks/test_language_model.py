@@ -18,7 +18,7 @@ def read_little(options):
     return Texts(*(torch.randint(300, (200,), generator=generator) for _ in range(4)))
 
 
-@pytest.mark.usefixtures("quick_collector")
+@pytest.mark.usefixtures("imported")
 def test_it_runs_and_writes_every_figure(tmp_path, monkeypatch):
     import language_model
 

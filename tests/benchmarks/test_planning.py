@@ -7,7 +7,7 @@ import pytest
 SMALL = "--threads 1 --models roberta-base-small mixtral-small --large llama-3.2-3b-small --batch 1 --tokens 8"
 
 
-@pytest.mark.usefixtures("quick_collector")
+@pytest.mark.usefixtures("imported")
 def test_it_runs_and_writes_every_figure(tmp_path, monkeypatch):
     import planning
 

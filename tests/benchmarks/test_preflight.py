@@ -7,7 +7,7 @@ import pytest
 TINY = "--threads 1 --rounds 2 --warmup 1 --batch 1 --tokens 8 --layers 1 --hidden 16 --intermediate 24 --heads 2 --vocab 32 --r 2"
 
 
-@pytest.mark.usefixtures("quick_collector")
+@pytest.mark.usefixtures("imported")
 def test_it_runs_and_writes_every_figure(tmp_path):
     import preflight
 

@@ -7,7 +7,7 @@ import pytest
 TINY = "--layers 2 --batch 2 --tokens 16 --hidden 64 --intermediate 96 --heads 4 --kv-heads 2 --head 16 --vocab 50"
 
 
-@pytest.mark.usefixtures("quick_collector")
+@pytest.mark.usefixtures("imported")
 def test_it_runs_and_columns_keep_their_features_only(tmp_path, monkeypatch):
     import saved_activations
 

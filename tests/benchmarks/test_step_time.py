@@ -7,7 +7,7 @@ import pytest
 TINY = "--threads 1 --rounds 1 --warmup 1 --batch 1 --tokens 8 --layers 1 --hidden 32 --intermediate 48 --heads 2 --vocab 64"
 
 
-@pytest.mark.usefixtures("quick_collector")
+@pytest.mark.usefixtures("imported")
 def test_it_runs_and_writes_every_figure(tmp_path, capsys):
     import step_time
 

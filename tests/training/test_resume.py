@@ -1,7 +1,6 @@
 """A run that is stopped and taken up by a new Trainer around a new model goes on as if it had never been stopped: to the bit."""
 
 import copy
-import gc
 import random
 import shutil
 
@@ -35,14 +34,6 @@ VARIANTS = {
     "SGD with momentum": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1},
 }
 SLICE_SETTINGS = ("axis", "order", "bias", "modules_to_save", "target_modules")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collector():
-    """Spare the garbage collector what imports have made: Trainer calls it whenever it starts, for longer than a run takes."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def flat(value, name=""):

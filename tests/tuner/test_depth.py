@@ -6,7 +6,6 @@ in whatever order they are computed, so that slices can be compared to the bit w
 
 import contextlib
 import copy
-import gc
 import itertools
 import json
 import os
@@ -866,15 +865,7 @@ def trained_by_trainer(folder, resume=None, callbacks=(), **arguments):
 
 
 @pytest.fixture(scope="module")
-def quick_collector():
-    """Spare the garbage collector what imports have made: Trainer calls it whenever it starts, for longer than a run takes."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def by_trainer(tmp_path_factory, quick_collector):
+def by_trainer(tmp_path_factory):
     """A folder with checkpoints of every step, and what there was after each."""
     folder = tmp_path_factory.mktemp("trained")
     return folder, trained_by_trainer(folder)

@@ -41,7 +41,7 @@ class Comparison:
     settings: QualitySettings
     tasks: list[QualityTask]
     variants: dict[str, list[Variant]]
-    """Task -> methods; their ranks may differ from task to task where parameters are to be equal."""
+    """Task -> methods, the same for all."""
     sources: dict[str, dict[str, Any]]
     """Task -> where its examples come from, and how many there are."""
     models: dict[str, str] = field(default_factory=dict)

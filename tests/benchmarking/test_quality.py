@@ -378,6 +378,10 @@ def test_a_grid_goes_on_beyond_the_end_where_its_best_lies(
     [
         ({"extend": -1}, "`--extend` is at least 0; got -1"),
         (
+            {"extend": 2, "learning_rates": (1e-3,)},
+            "`--extend 2` goes on by the factor between two rates; `--learning_rates` has one",
+        ),
+        (
             {"equal_parameters": "head-only"},
             "names a method that trains weights beside a new head; head-only trains none",
         ),

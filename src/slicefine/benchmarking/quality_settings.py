@@ -92,6 +92,10 @@ class QualitySettings:
         ]
         if self.learning_rates is not None and len(set(self.learning_rates)) < len(self.learning_rates):
             found.append("`--learning_rates` names one twice.")
+        if self.extend and self.learning_rates is not None and len(self.learning_rates) == 1:
+            found.append(
+                f"`--extend {self.extend}` goes on by the factor between two rates; `--learning_rates` has one."
+            )
         methods: dict[str, Method] = {}
         for name in (*self.methods, *([self.equal_parameters] if self.equal_parameters else [])):
             try:

@@ -20,6 +20,7 @@ from transformers import (
     MambaConfig,
     SwinConfig,
     T5Config,
+    ViTConfig,
     WhisperConfig,
     XLNetConfig,
 )
@@ -405,6 +406,20 @@ def test_full_tuning_has_gradients_and_moments_of_every_weight() -> None:
     assert made.step.gradients == 4 * made.active
     assert made.moments == 8 * made.active
     assert (made.masters, made.added, made.originals) == (0, 0, 0)
+
+
+def test_a_gradient_that_is_a_view_has_moments_of_its_own_size() -> None:
+    """Of a batch of one: positions get theirs from a sum over batches, which is none."""
+    vit = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+    )
+    of = subject(recipe(task="image-classification", training__per_device_train_batch_size=1), vit)
+    planned = cost(of, FULL, gpu=False)
+    _, optimizer = trained(of, FULL, 1)
+    states = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    assert planned.moments == sum(t.nbytes for t in states)
+    assert planned.step is not None
+    assert planned.step.reached < planned.step.gradients
 
 
 def test_what_gets_no_gradient_has_no_moments() -> None:

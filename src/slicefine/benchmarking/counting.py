@@ -48,7 +48,7 @@ def needed(setup: Setup, method: Method) -> Need:
     with fake(model, gpu=False), dense_deltas():
         batch = setup.batch(0)
         step = count(model, lambda: model(**batch).loss)
-    moments = MOMENTS * step.gradients + ADAM_STEP * len(attached.trainable)
+    moments = MOMENTS * step.reached + ADAM_STEP * len(attached.trainable)
     return Need(active=attached.counts.active, step=step, moments=moments, weights=weights)
 
 

@@ -128,7 +128,7 @@ def cost(
         heads=heads,
         weights=_bytes(tensor for key, tensor in held.items() if key not in masters),
         masters=_bytes(masters.values()),
-        moments=MOMENTS * (_bytes(trained.values()) if step is None else step.gradients),
+        moments=MOMENTS * (_bytes(trained.values()) if step is None else step.reached),
         originals=_originals(model, steps) if of_ours else 0,
         artifact=_artifact(model, steps) if of_ours else _bytes(trained.values()),
         step=step,
@@ -249,14 +249,19 @@ def repeated_step_memory(of: Subject, method: str, model: nn.Module, *, gpu: boo
         found = None if method == FULL else _shorter(of, method, model)
         if found is None:
             return None
-        base, added = found
+        base, longer, added = found
         start = step_memory(base, attached(base, method), gpu=gpu)
-        further = [(times, step_memory(more, attached(more, method), gpu=gpu)) for times, more in added]
-    return with_more_layers(start, further, accumulating=of.recipe.training.gradient_accumulation_steps > 1)
+        steps = {first: step_memory(more, attached(more, method), gpu=gpu) for first, more in longer.items()}
+    return with_more_layers(
+        start, [steps[first] for first in added], accumulating=of.recipe.training.gradient_accumulation_steps > 1
+    )
 
 
-def _shorter(of: Subject, method: str, model: nn.Module) -> tuple[Subject, list[tuple[int, Subject]]] | None:
-    """A model of few layers, and for each kind of layers one with one more of it, and how many more of them `model` has."""
+def _shorter(of: Subject, method: str, model: nn.Module) -> tuple[Subject, dict[int, Subject], list[int]] | None:
+    """A model of few layers; for each kind of layers one with one more of it; and the kinds of those that `model` has beside, in their order.
+
+    A kind is called by the number of its first layer.
+    """
     kinds = of.kinds
     last = [
         kind for place, kind in enumerate(kinds) if kind not in kinds[place + 1 :]
@@ -265,15 +270,17 @@ def _shorter(of: Subject, method: str, model: nn.Module) -> tuple[Subject, list[
         base = kinds[:lead] + last
         if of.layers < 2 * (len(base) + 1):
             return None
-        added = [(kinds.count(kind) - base.count(kind), of.with_layers([*kinds[:lead], kind, *last])) for kind in last]
-        added = [(times, more) for times, more in added if times]
+        added = [kinds.index(kind) for place, kind in enumerate(kinds) if place >= lead and kind in kinds[place + 1 :]]
+        longer = {first: of.with_layers([*kinds[:lead], kinds[first], *last]) for first in dict.fromkeys(added)}
         try:
             small = _parameters(attached(of.with_layers(base), method))
-            larger = [(times, _parameters(attached(more, method))) for times, more in added]
+            sizes = {first: _parameters(attached(more, method)) for first, more in longer.items()}
         except SliceFineError:
             continue  # settings name what a model of few layers lacks
-        if torch.equal(_parameters(model), small + sum(times * (each - small) for times, each in larger)):
-            return of.with_layers(base), added
+        if torch.equal(
+            _parameters(model), small + sum((sizes[first] - small for first in added), torch.zeros_like(small))
+        ):
+            return of.with_layers(base), longer, added
     return None
 
 

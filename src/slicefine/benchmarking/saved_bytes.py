@@ -41,7 +41,9 @@ class StepMemory:
     logits: int
     """The most that is as wide as the vocabulary at once, in blocks of the allocator."""
     gradients: int
-    """Gradients of parameters at the end of the backward pass; of those that get one."""
+    """Gradients of parameters at the end of the backward pass; one that is a view keeps its whole storage."""
+    reached: int
+    """Parameters that get a gradient."""
     highest: dict[str, dict[str, int]]
     """Part of the step (`PARTS`) -> the most that is alive at once, in blocks of the allocator, by what it is: `activations` (saved for
     backward), `logits`, `gradients`, and `temporary`, all else."""
@@ -207,13 +209,15 @@ def count(
     del loss
     if accumulating:
         live.end_without(parameter for parameter in trained if id(parameter) not in live.reached)
-    gradients = sum(p.grad.untyped_storage().nbytes() for p in trained if p.grad is not None)
+    reached = [p for p in trained if p.grad is not None]
+    gradients = sum(p.grad.untyped_storage().nbytes() for p in reached if p.grad is not None)
     model.zero_grad(set_to_none=True)
     return StepMemory(
         saved=saved,
         saved_logits=saved_logits,
         logits=live.logits,
         gradients=gradients,
+        reached=sum(p.nbytes for p in reached),
         highest=live.highest,
     )
 

@@ -72,12 +72,16 @@ def test_nothing_keeps_a_model_that_is_done_with(name: str) -> None:
 # --------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["SliceFine-5S", "SliceFine-5RC-w3", "SliceFine-6S-w2", "RoCoFT-1C"])
+@pytest.mark.parametrize(
+    "name", ["SliceFine-5S", "SliceFine-5RC-w3", "SliceFine-6S-w2", "SliceFine-5R-w12", "RoCoFT-1C"]
+)
 def test_names_that_are_not_among_the_usual_ones(name: str) -> None:
     assert method(name.lower()).name == name
 
 
-@pytest.mark.parametrize("name", ["SliceFine-5RC-w1", "RoCoFT-5R-w3", "SliceFine-5S-w", "LoRA-r8-w3", "RoCoFT-5S"])
+@pytest.mark.parametrize(
+    "name", ["SliceFine-5RC-w1", "SliceFine-5RC-w02", "RoCoFT-5R-w3", "SliceFine-5S-w", "LoRA-r8-w3", "RoCoFT-5S"]
+)
 def test_windows_and_axes_that_there_are_not(name: str) -> None:
     with pytest.raises(SliceFineError, match="There is no method"):
         method(name)

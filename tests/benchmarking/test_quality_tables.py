@@ -63,7 +63,7 @@ def found():
                 comparison.grid[cell(task, name, 0, rate=rate, final=False)] = outcome(50, loss=loss)
         comparison.failed[task, BROKEN] = "it needs a decoder"
         comparison.timed[task] = Measured(
-            arrangement="together", seconds={OURS: [1.0, 1.0, 1.2], LORA: [2.0, 2.0, 9.0]}
+            arrangement="together", rounds=3, seconds={OURS: [1.0, 1.0, 1.2], LORA: [2.0, 2.0, 9.0]}
         )
     return comparison
 
@@ -154,16 +154,37 @@ def test_other_examples_of_one_task_are_drawn_apart_from_those_of_another(found)
 
 
 def test_a_depth_window_is_timed_by_whole_turns(found):
-    """Of turns of 1 and of 3 seconds five rounds have three of the first."""
+    """Of turns of 1 and of 3 seconds five rounds have three of the first; what it is compared with is of the same four rounds."""
     name = "SliceFine-5RC-w2"
     for task in ("one", "two"):
         found.variants[task] = [*found.variants[task], Variant(method=method(name))]
-        found.timed[task].seconds[name] = [1.0, 3.0, 1.0, 3.0, 1.0]
-    assert quality_tables.Tasks(found).seconds(found.tasks[0], name) == 2
+        seconds = {name: [1.0, 3.0, 1.0, 3.0, 1.0], LORA: [2.0, 6.0, 4.0, 4.0, 9.0]}
+        found.timed[task] = Measured(arrangement="together", rounds=5, seconds=seconds)
+    assert quality_tables.Tasks(found).paces(found.tasks[0], name) == [0.5, 0.5]
+    assert quality_tables.Tasks(found).seconds(found.tasks[0], name) == 5 / 2
+    found.timed["one"].rounds, found.timed["one"].seconds[name] = 1, [1.0]
+    assert (
+        table(found, "one")[name]["not measured"]
+        == "no times: none of its cycles of 2 rounds was whole: 1 rounds, together"
+    )
+
+
+def test_times_are_compared_batch_by_batch(found):
+    """Of batches of 1, 2 and 9 tokens, say. What one round takes more than usual is not part of all others."""
+    found.timed["one"].seconds = {OURS: [0.5, 30.0, 4.5], LORA: [1.0, 2.0, 9.0], "alone": [1.0, 3.0, 5.0]}
+    row = table(found, "one")[OURS]
+    assert [row[f"a step / {LORA}{end}"] for end in ("", ", min", ", max")] == [0.5, 0.5, 15]
+    assert row["ms a step"] == pytest.approx(1000 * 0.5 * 4)
+    assert row["minutes of training"] == pytest.approx(100 * 2 / 60)
+    del found.timed["one"].seconds[LORA]
+    row = table(found, "one")[OURS]
+    assert (row[f"a step / {LORA}"], row["ms a step"]) == (None, pytest.approx(35_000 / 3))
 
 
 def test_why_there_are_no_times(found):
-    found.timed["one"].failed[OURS] = found.timed["one"].failed[BROKEN] = "out of memory"
+    found.timed["one"] = Measured(
+        arrangement="together", rounds=3, failed={OURS: "out of memory", BROKEN: "out of memory"}
+    )
     assert table(found, "one")[OURS]["not measured"] == "no times: out of memory"
     assert table(found, "one")[BROKEN]["not measured"] == "it needs a decoder"
 
@@ -172,6 +193,7 @@ def test_time_to_a_score_is_steps_by_the_time_of_a_step(found):
     rows = table(found, "Time to")
     assert rows[OURS]["one: steps to 75.0"] == 100
     assert rows[OURS]["one: time / LoRA-r8"] == pytest.approx(100 * 1.0 / (100 * 2.0))
+    assert rows[LORA]["one: time / LoRA-r8"] == 1
     assert rows[OURS]["mean of time"] == pytest.approx(0.5)
     for task in ("one", "two"):
         for seed in (0, 1):
@@ -197,7 +219,11 @@ def test_a_rate_at_the_end_of_its_grid_is_marked_and_runs_that_diverged_are_coun
     assert (row["learning rate"], row["of the grid"]) == (1e-3, "lowest")
     assert (row["accuracy"], row["std"], row["min"], row["max"]) == (60, None, 60, 60)
     assert row["not measured"] == "1 of 2 runs diverged"
-    assert (row["ms a step"], row["minutes of training"]) == (1000, pytest.approx(100 / 60))
+    seconds = 13 / 3 / 2  # half of the mean of LoRA
+    assert (row["ms a step"], row["minutes of training"]) == (
+        pytest.approx(1000 * seconds),
+        pytest.approx(100 * seconds / 60),
+    )
 
 
 def test_seeds_are_compared_with_the_same_seeds_where_a_run_has_no_score(found):

@@ -49,14 +49,26 @@ def test_every_round_runs_all_on_one_batch_in_an_order_of_its_own() -> None:
 
 def test_what_does_other_work_in_every_round_is_averaged_over_whole_cycles() -> None:
     seconds = {"a": [1.0, 2.0, 6.0, 3.0, 4.0, 8.0, 9.0], "b": []}
-    together = Measured(arrangement="together", seconds=seconds)
+    together = Measured(arrangement="together", rounds=7, seconds=seconds)
     assert together.cycles("a", 1) == seconds["a"]
     assert together.cycles("a", 3) == [3, 5]  # and not the seventh, a cycle's first round
-    assert together.cycles("a", 8) == [33 / 7]  # there is no whole one
+    assert together.cycles("a", 8) == []  # there is no whole one
+    assert together.reason("a", 8) == "none of its cycles of 8 rounds was whole: 7 rounds, together"
     assert (together.cycles("b", 2), together.cycles("c", 2)) == ([], [])
-    in_turns = Measured(arrangement="in turns", seconds=seconds)  # four rounds, then three that begin anew
+    in_turns = Measured(arrangement="in turns", rounds=7, seconds=seconds)  # four rounds, then three that begin anew
     assert in_turns.cycles("a", 3) == [3, 7]
     assert in_turns.cycles("a", 2) == [1.5, 4.5, 6]
+    assert in_turns.cycles("a", 4) == [3]
+
+
+def test_interrupted_in_turns_a_cycle_does_not_go_over_to_the_second_half() -> None:
+    """Of ten rounds the second five were to begin anew; the third of them was not made."""
+    seconds = {"a": [1.0, 2.0, 1.0, 2.0, 1.0, 5.0, 7.0], "b": [2.0] * 5}
+    measured = Measured(arrangement="in turns", rounds=10, seconds=seconds, interrupted=True)
+    assert measured.cycles("a", 2) == [1.5, 1.5, 6]
+    assert measured.ratios("a", "b", 2) == [0.75, 0.75]
+    assert measured.ratios("a", "b", 1) == [0.5, 1, 0.5, 1, 0.5]
+    assert measured.reason("c", 2) == "interrupted"
 
 
 def test_in_turns_each_is_alone_once_in_each_order() -> None:
@@ -76,7 +88,8 @@ def test_in_turns_each_is_alone_once_in_each_order() -> None:
     builds: dict[str, Build] = {name: (lambda name=name: Alone(name)) for name in "ab"}
     measured = rounds_of(builds, rounds=5, warmup=1, together=False)
     assert "".join(name for name, _ in log) == "aaaabbbbbbbaaa"
-    assert [number for name, number in log if name == "a"] == [0, 1, 2, 3, 0, 1, 2]
+    # One that is not timed, three that are; one that is not timed, and the two batches that are left.
+    assert [number for name, number in log if name == "a"] == [0, 1, 2, 3, 0, 4, 5]
     assert measured.seconds == {"a": [1.0] * 5, "b": [1.0] * 5}
     assert measured.arrangement == "in turns"
 

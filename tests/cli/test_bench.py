@@ -84,6 +84,15 @@ def test_ctrl_c_is_130_and_keeps_what_is_measured(
             ["quality", "--suite", "sets", "--methods", "LoRA-r8", "--r", "8", "--axis", "row"],
             "`--r`, `--axis` change SliceFine alone; `--methods` are LoRA-r8.",
         ),
+        (["quality", "--suite", "sets", "--extend", "x"], "`--extend` takes whole numbers; got x."),
+        (
+            ["quality", "--suite", "sets", "--extend", "2", "--learning_rates", "1e-3"],
+            "`--extend 2` goes on by the factor between two rates; `--learning_rates` has one.",
+        ),
+        (
+            ["speed", "--methods", "SliceFine-5R-w12", "--rounds", "9"],
+            "`--rounds` is at least 12, the turns of SliceFine-5R-w12, each of which is other work; got 9.",
+        ),
         (["speed", "--rounds", "0"], "`--rounds` is at least 1; got 0."),
         (["speed", "--models"], "--models takes a value"),
         (["memory", "--models", "lama-3.2-3b"], "There is no model 'lama-3.2-3b'; there are llama-3.2-3b, "),

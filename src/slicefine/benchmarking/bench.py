@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from slicefine.benchmarking import charts, memory, speed, targets
-from slicefine.benchmarking.methods import FROZEN, Method, method
+from slicefine.benchmarking.methods import FROZEN, Method, method, too_few
 from slicefine.benchmarking.models import Architecture
 from slicefine.benchmarking.results import Report, Row, Table
 from slicefine.benchmarking.settings import RANK, REFERENCES, Settings
 from slicefine.benchmarking.setups import ROOM, Setup, device_of
 from slicefine.benchmarking.timing import Measured, free_bytes, keep_freed_memory
-from slicefine.errors import SliceFineError
+from slicefine.errors import SliceFineError, raise_all
 from slicefine.training.folder import refuse_unwritable
 
 SPEED, MEMORY = "speed", "memory"
@@ -31,8 +31,11 @@ DRAWN_FROM = {SPEED: f"/ {FROZEN}", MEMORY: f"saved MiB / {FROZEN}"}
 def run(what: str, settings: Settings, command: str) -> Report:
     """Measure and write; returns the report, whose status is `finished` or `interrupted`.
 
-    Raises `SliceFineError` before anything is measured if a model has no such size, there is no such device, or results cannot be written.
+    Raises `SliceFineError` before anything is measured if a model has no such size, there is no such device, a depth window is to be timed
+    in fewer rounds than it has turns, or results cannot be written.
     """
+    if what == SPEED:
+        raise_all(too_few(settings.rounds, map(method, settings.methods)), "slicefine bench")
     device = device_of(settings)
     _refuse_output(Path(settings.output))
     if settings.threads is not None:

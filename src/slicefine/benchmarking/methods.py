@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from slicefine.errors import SliceFineError, did_you_mean
@@ -212,7 +213,7 @@ PATTERNS = "SliceFine-<r>R, <r>C, <r>RC or <r>S (coupled), with -w<n> a depth wi
 def method(name: str) -> Method:
     """The method called `name`, whatever the case of its letters. Raises `SliceFineError` if there is none."""
     kinds = {kind.lower(): kind for kind in KINDS}
-    sliced = re.fullmatch(r"(slicefine|rocoft)-([1-9]\d*)(r|c|rc|s)(?:-w([2-9]\d*))?", name.lower())
+    sliced = re.fullmatch(r"(slicefine|rocoft)-([1-9]\d*)(r|c|rc|s)(?:-w([2-9]|[1-9]\d+))?", name.lower())
     if sliced and (sliced[1] == "slicefine" or (sliced[3] in ("r", "c") and not sliced[4])):
         window = int(sliced[4]) if sliced[4] else None
         return Method(kind=kinds[sliced[1]], r=int(sliced[2]), axis=AXES[sliced[3].upper()], window=window)
@@ -234,6 +235,15 @@ def sizeless(equal_parameters: str | None) -> list[str]:
         return []
     return [
         f"`--equal_parameters` names a method that trains weights beside a new head; {equal_parameters} trains none."
+    ]
+
+
+def too_few(rounds: int, methods: Iterable[Method]) -> list[str]:
+    """What is wrong with `--rounds`, of which depth windows need as many as they have turns."""
+    return [
+        f"`--rounds` is at least {one.window}, the turns of {one.name}, each of which is other work; got {rounds}."
+        for one in methods
+        if one.window and rounds < one.window
     ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slicefine.benchmarking.methods import FROZEN, KINDS, METHODS, Method, method, sizeless
+from slicefine.benchmarking.methods import FROZEN, KINDS, METHODS, Method, method, sizeless, too_few
 from slicefine.benchmarking.suite import LEAST_STEPS, QualityTask, settable
 from slicefine.benchmarking.variants import Variant, problems, unused, variants
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
@@ -113,6 +113,7 @@ class QualitySettings:
         found += problems(dict(self.ablations))
         if all(name in methods for name in self.methods):
             found += unused(dict(self.ablations), self.known_methods)
+            found += too_few(self.rounds, self.known_methods) if self.rounds else []
         known = settable()
         found += [
             f"There is no setting {key!r} here.{did_you_mean(key, known)}" for key in self.overrides if key not in known

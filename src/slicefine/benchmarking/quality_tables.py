@@ -38,7 +38,7 @@ class Tasks:
     @property
     def names(self) -> list[str]:
         """Methods, in the order asked for."""
-        return list(dict.fromkeys(one.name for variants in self.found.variants.values() for one in variants))
+        return [one.name for one in self.found.variants[self.found.tasks[0].name]]
 
     def metric(self, task: QualityTask) -> str:
         """The first score of a task; the loss of a language model, and of what has no scores."""
@@ -54,12 +54,26 @@ class Tasks:
         metric, runs = self.metric(task), self.found.by_seed(task.name, name)
         return {seed: score for seed, outcome in runs.items() if (score := main(outcome, metric)) is not None}
 
-    def seconds(self, task: QualityTask, name: str) -> float | None:
-        """Seconds of a step, timed side by side."""
+    def turns(self, task: QualityTask, name: str) -> int:
+        """Rounds after which a method does the same work again."""
+        return next((one.method.window for one in self.found.variants[task.name] if one.name == name), None) or 1
+
+    def paces(self, task: QualityTask, name: str) -> list[float]:
+        """Seconds of a step over those of the reference on the same batch; of a depth window on the batches of a whole cycle."""
         timed = self.found.timed.get(task.name)
-        turns = next((one.method.window for one in self.found.variants[task.name] if one.name == name), None) or 1
-        own = timed.cycles(name, turns) if timed else []
-        return statistics.median(own) if own else None
+        return timed.ratios(name, REFERENCE, self.turns(task, name)) if timed else []
+
+    def seconds(self, task: QualityTask, name: str) -> float | None:
+        """Mean seconds of a step.
+
+        Of what was timed beside the reference: the mean of the reference, by the median of `paces`. The means of few rounds of each would
+        hang on what happens once, as the first move to the other axis does.
+        """
+        timed, paces = self.found.timed.get(task.name), self.paces(task, name)
+        if timed and paces:
+            return statistics.median(paces) * statistics.fmean(timed.seconds[REFERENCE])
+        own = timed.cycles(name, self.turns(task, name)) if timed else []
+        return statistics.fmean(own) if own else None
 
     def curve(self, task: QualityTask, name: str) -> list[tuple[int, float]]:
         """Step -> main score on the examples that choose, the mean of the runs that got there."""
@@ -267,8 +281,8 @@ def _time_to_score(tasks: Tasks) -> list[Table]:
             if not goal:
                 continue
             own, theirs = (first_step(tasks, task, of, goal[-1][1]) for of in (name, REFERENCE))
-            pace, their_pace = tasks.seconds(task, name), tasks.seconds(task, REFERENCE)
-            ratio = own * pace / (theirs * their_pace) if own and theirs and pace and their_pace else None
+            paces = tasks.paces(task, name)
+            ratio = own / theirs * statistics.median(paces) if own and theirs and paces else None
             row[f"{task.name}: steps to {goal[-1][1]:.1f}"] = own if own or not tasks.curve(task, name) else "never"
             row[f"{task.name}: time / {REFERENCE}"] = ratio
             ratios.append(ratio)
@@ -277,7 +291,7 @@ def _time_to_score(tasks: Tasks) -> list[Table]:
         rows.append(row)
     note = (
         f"First evaluation at which the mean of the seeds, on the examples that choose, is as good as that of {REFERENCE} after its last step; times "
-        "are steps by the median time of a step, all methods timed side by side."
+        f"are steps by `a step / {REFERENCE}`."
     )
     return (
         [Table(title=f"Time to the final score of {REFERENCE}", rows=rows, note=note)]
@@ -301,7 +315,7 @@ def _of_task(tasks: Tasks, task: QualityTask) -> Table:
     other = [name for name in dict.fromkeys(name for scores in every for name in scores) if name != metric]
     for name in tasks.names:
         outcomes, scores = found.of(task.name, name), list(tasks.scores(task, name).values())
-        seconds, rate = tasks.seconds(task, name), found.rates.get((task.name, name))
+        rate, paces, seconds = found.rates.get((task.name, name)), tasks.paces(task, name), tasks.seconds(task, name)
         row: Row = {
             "method": name,
             "active": outcomes[0].active if outcomes else None,
@@ -318,6 +332,8 @@ def _of_task(tasks: Tasks, task: QualityTask) -> Table:
             row[of] = statistics.fmean(values) if values else None
         losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
         row["test loss"] = statistics.fmean(losses) if losses else None
+        row[f"a step / {REFERENCE}"] = statistics.median(paces) if paces else None
+        row |= {f"a step / {REFERENCE}, {end.__name__}": end(paces, default=None) for end in (min, max)}
         row["ms a step"] = 1000 * seconds if seconds else None
         row["minutes of training"] = seconds * found.settings.steps_of(task) / 60 if seconds else None
         peaks = [outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None]
@@ -325,11 +341,15 @@ def _of_task(tasks: Tasks, task: QualityTask) -> Table:
         diverged = sum(outcome.diverged is not None for outcome in outcomes)
         why = [found.failed.get((task.name, name), f"{diverged} of {len(outcomes)} runs diverged" if diverged else "")]
         timed = found.timed.get(task.name)
-        if timed and name in timed.failed and (task.name, name) not in found.failed:
-            why.append(f"no times: {timed.failed[name]}")
+        if timed and seconds is None and (task.name, name) not in found.failed:
+            why.append(f"no times: {timed.reason(name, tasks.turns(task, name))}")
         row["not measured"] = "; ".join(filter(None, why))
         rows.append(row)
-    return Table(title=task.name, rows=rows)
+    note = (
+        f"a step / {REFERENCE}: the median, and the ends, of ratios on the same batch, timed side by side; ms a step: that median by the mean of {REFERENCE}'s times; "
+        "minutes: as many steps as a final run has."
+    )
+    return Table(title=task.name, rows=rows, note=note if found.timed else "")
 
 
 def edge(found: Comparison, task: str, name: str) -> str | None:

@@ -37,11 +37,12 @@ from slicefine.benchmarking.timing import (
 )
 from slicefine.benchmarking.variants import Variant
 from slicefine.errors import SliceFineError
+from slicefine.training.checked import NotFiniteError, all_finite
 from slicefine.training.record import commit, hardware, now, versions, write_atomically
 from slicefine.training.threads import cpu_threads
 
 WARMUP = 2
-HOW = "batches of every length, the longest first, by the loss of the trainer, on a heap that has grown"
+HOW = "batches of every length, the longest first, by the loss and the checks of the trainer, on a heap that has grown"
 """Times that were measured in another way are measured again."""
 LOOKED_AT = 500
 """Batches among which those that are timed are found."""
@@ -187,6 +188,8 @@ class _Step:
             with autocast:
                 loss = cast(torch.Tensor, self._trainer.compute_loss(cast(Any, self._attached.model), dict(batch)))
             (loss / len(batches)).backward()
+            if not all_finite(self._attached.model, loss):
+                raise NotFiniteError("the loss, or a gradient, is NaN or Inf")
         assert self._optimizer is not None
         if self._training.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self._attached.trainable, self._training.max_grad_norm)

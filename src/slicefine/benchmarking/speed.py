@@ -46,7 +46,8 @@ One training step (forward, backward, AdamW, gradients dropped) of models with r
 is one step of each on the same batch, in an order shuffled anew for every round, so that what slows the machine down slows all alike and none always \
 follows the same neighbour; freed memory stays with the process. "In turns", where they do not fit into memory together: each is alone in memory for half of the rounds, \
 then again in the reverse order. All in one process; Python's garbage collector runs between steps only. {warmup} untimed rounds, then {rounds} timed ones. \
-"/ x": the median over that of x; its min and max are over the ratios within a round. "frozen-limit": no trainable weight and no optimizer, \
+"/ x": the median over that of x; its min and max are over the ratios within a round. A depth window does other work in every round: for it a round is a whole cycle \
+of its turns, the mean of as many rounds, and so it is for what it is compared with. "frozen-limit": no trainable weight and no optimizer, \
 gradients flow through all activations. Slices move once, halfway, so that those that alternate are measured along both axes. \
 "base" and "exported" models: written to files and loaded by transformers alone, exported slices merged before."""
 
@@ -187,7 +188,7 @@ def _step_row(method: Method, counts: dict[str, Counts], measured: Measured, set
     of = setup.of
     units, word = (of.batch * of.length, "tokens/s") if of.length else (of.batch, "examples/s")
     row[word] = units / statistics.median(own) if own else None
-    row["not measured"] = "" if own else measured.failed.get(method.name, "interrupted")
+    row["not measured"] = "" if own else measured.reason(method.name, turns)
     return row
 
 
@@ -275,7 +276,7 @@ def inference(
         own = measured.seconds.get(name)
         row = {"model": name, **_milliseconds(own)}
         row |= _ratio(own, measured.seconds.get(BASE), BASE, measured.arrangement)
-        rows.append(row | {"not measured": "" if own else measured.failed.get(name, "interrupted")})
+        rows.append(row | {"not measured": "" if own else measured.reason(name, 1)})
     return rows, measured
 
 

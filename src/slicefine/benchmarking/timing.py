@@ -5,7 +5,7 @@ shuffled anew for every round. A machine that grows warm, or a neighbour that ta
 follows the same one. Freed memory stays with the process, so none pays for what another left behind.
 
 In turns, where they do not fit into memory together: each in turn is alone in memory, built, warmed up and run for half of the rounds;
-then again in the reverse order. Whatever changes steadily over the run slows all alike.
+then for the other half in the reverse order. Whatever changes steadily over the run slows all alike.
 
 Either way everything happens in one process, and Python's garbage collector runs between measurements only.
 """
@@ -44,6 +44,8 @@ class Measured:
 
     arrangement: str
     """`together` or `in turns`."""
+    rounds: int
+    """Timed rounds that were asked for."""
     seconds: dict[str, list[float]] = field(default_factory=dict)
     """Entry number i is from round i."""
     failed: dict[str, str] = field(default_factory=dict)
@@ -53,17 +55,26 @@ class Measured:
     def cycles(self, name: str, turns: int) -> list[float]:
         """Seconds of `name`; of what does different work in each of `turns` rounds, the means over whole cycles of them.
 
-        The median of single rounds would be that of one turn. A cycle that was not finished does not count, if there is another.
+        The median of single rounds would be that of one turn, and so would the mean of a cycle that was not finished.
         """
         rounds = self.seconds.get(name, [])
-        half = len(rounds) - len(rounds) // 2  # in turns everything is built twice, and begins anew
-        parts = [rounds] if self.arrangement == TOGETHER else [rounds[:half], rounds[half:]]
+        # In turns everything is built twice, and begins anew.
+        parts = [rounds[part.start : part.stop] for part in _parts(self.rounds, self.arrangement)]
         return [
             statistics.fmean(part[start : start + turns])
             for part in parts
-            for start in range(0, max(len(part) - turns, 0) + 1, turns)
-            if part
+            for start in range(0, len(part) - turns + 1, turns)
         ]
+
+    def ratios(self, name: str, of: str, turns: int) -> list[float]:
+        """Seconds of `name` over those of `of` on the same batches: round by round, or cycle by cycle."""
+        return [a / b for a, b in zip(self.cycles(name, turns), self.cycles(of, turns), strict=False)]
+
+    def reason(self, name: str, turns: int) -> str:
+        """Why there are no seconds of whole cycles."""
+        if name in self.failed or self.interrupted:
+            return self.failed.get(name, "interrupted")
+        return f"none of its cycles of {turns} rounds was whole: {self.rounds} rounds, {self.arrangement}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +112,18 @@ def measure(
     Args:
         title: What the progress bar says.
     """
-    measured = Measured(arrangement=TOGETHER if together else IN_TURNS)
-    parts = [(rounds, list(builds))] if together else _turns(builds, rounds)
-    steps = sum((count + warmup) * len(names) for count, names in parts)
+    measured = Measured(arrangement=TOGETHER if together else IN_TURNS, rounds=rounds)
+    parts = _parts(rounds, measured.arrangement)
+    steps = sum((len(part) + warmup) * len(builds) for part in parts)
     collecting = gc.isenabled()
     gc.disable()
     gc.freeze()  # what is there stays: looking through all of it would take longer than a step
     with tqdm(total=steps, desc=title, unit="step", leave=False) as bar:
         try:
-            for count, names in parts:
-                _run(measured, builds, names, rounds=count, warmup=warmup, seed=seed, bar=bar)
+            for place, part in enumerate(parts):
+                names = list(builds)[:: -1 if place else 1]
+                for at_once in [names] if together else [[name] for name in names]:
+                    _run(measured, builds, at_once, rounds=part, warmup=warmup, seed=seed, bar=bar)
         except KeyboardInterrupt:
             measured.interrupted = True
         finally:
@@ -123,9 +136,10 @@ def measure(
     return measured
 
 
-def _turns(builds: Mapping[str, Build], rounds: int) -> list[tuple[int, list[str]]]:
-    first, second = rounds - rounds // 2, rounds // 2
-    return [(first, [name]) for name in builds] + [(second, [name]) for name in reversed(list(builds)) if second]
+def _parts(rounds: int, arrangement: str) -> list[range]:
+    """The rounds that what is built once runs through."""
+    half = rounds if arrangement == TOGETHER else rounds - rounds // 2
+    return [part for part in (range(half), range(half, rounds)) if part]
 
 
 def _run(
@@ -133,7 +147,7 @@ def _run(
     builds: Mapping[str, Build],
     names: Sequence[str],
     *,
-    rounds: int,
+    rounds: range,
     warmup: int,
     seed: int,
     bar: tqdm,
@@ -156,7 +170,7 @@ def _run(
             attempt(name, lambda name=name: runs.update({name: builds[name]()}))
     if len(names) > 1:
         gc.freeze()
-    for number in range(-warmup, rounds):
+    for number in [*range(-warmup, 0), *rounds]:
         for name in shuffler.sample(sorted(runs), len(runs)):
             gc.collect()
             seconds = attempt(name, partial(runs[name], number + warmup))

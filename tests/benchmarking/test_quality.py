@@ -26,6 +26,7 @@ from slicefine.benchmarking.suite import load_suite
 from slicefine.benchmarking.timing import Measured
 from slicefine.benchmarking.variants import Variant
 from slicefine.errors import SliceFineError
+from slicefine.training.checked import NotFiniteError
 
 OUTCOME = Outcome(
     active=10, touched=30, head=2, added=0, total=100, steps=8, loss=0.25, scores={"accuracy": 0.9},
@@ -51,7 +52,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def measure(task: Any, *given: Any) -> Measured:
         found.append(f"time of {task.name}")
-        return Measured(arrangement="together", seconds={})
+        return Measured(arrangement="together", rounds=2, seconds={})
 
     monkeypatch.setattr(quality, "in_processes", at_once)
     monkeypatch.setattr(quality_timing, "_measure", measure)
@@ -128,10 +129,10 @@ def test_ranks_that_differ_from_model_to_model_are_no_rows(
 ) -> None:
     text_model(tmp_path / "deep", num_hidden_layers=9)
     of = f"recipe: minilm-text-classification, data.train: {tmp_path}/sets/words/train.jsonl, test: {tmp_path}/sets/words/test.jsonl"
+    tasks = [f"{name}: {{{of}, model.name: {tmp_path}/{model}}}" for name, model in (("one", "model"), ("two", "deep"))]
     suite = tmp_path / "suite.yaml"
-    suite.write_text(f"tasks: {{one: {{{of}}}, deep: {{{of}, model.name: {tmp_path}/deep}}}}")
+    suite.write_text(f"tasks: {{{', '.join(tasks)}}}")
     asked = {"suite": str(suite), "overrides": {"data.max_length": 16}, "methods": ("full", "VeRA")}
-    suite.write_text(suite.read_text().replace(f"{of}}}, deep", f"{of}, model.name: {tmp_path}/model}}, deep"))
     with pytest.raises(SliceFineError, match="`--equal_parameters full` chooses other ranks for other models"):
         compared(settings(**asked, equal_parameters="full"))
 
@@ -251,7 +252,9 @@ def test_times_of_another_machine_or_without_enough_memory_are_measured_again(
         nonlocal count
         count += 1
         return Measured(
-            arrangement="together", failed={"full": "out of memory"} if count == 1 else {"prefix": "it needs a decoder"}
+            arrangement="together",
+            rounds=1,
+            failed={"full": "out of memory"} if count == 1 else {"prefix": "it needs a decoder"},
         )
 
     monkeypatch.setattr(quality_timing, "_measure", measure)
@@ -289,6 +292,41 @@ def test_a_step_is_timed_as_the_trainer_makes_it(settings: Callable[..., Quality
     assert quality_timing._Step(task, Variant(method=method("full")), given, batches, "cpu")._optimizer.defaults[
         "fused"
     ]
+
+
+def test_a_timed_step_is_checked_as_one_of_training_is(settings: Callable[..., QualitySettings]) -> None:
+    """The norm of all gradients takes time, of many gradients the most."""
+    given = settings(rounds=1)
+    (task,) = load_suite(given.suite, given.overrides)
+    batches = quality_timing._batches(task, given, "cpu")
+    step = quality_timing._Step(task, Variant(method=method("full")), given, batches, "cpu")
+    weight = dict(step._attached.model.named_parameters())["classifier.weight"]
+    weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(NotFiniteError):
+        step(0)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_every_batch_is_timed_once(
+    settings: Callable[..., QualitySettings], monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    given = settings(rounds=5, methods=("SliceFine-1R", "LoRA-r8"))
+    (task,) = load_suite(given.suite, given.overrides | {"training.per_device_train_batch_size": 4})
+    trained: dict[str, list[int]] = {}
+
+    def train(step: Any, batches: list[dict[str, Any]]) -> None:
+        number = next(at for at, one in enumerate(step._batches) if one is batches[0])
+        trained.setdefault(step._attached.method.name, []).append(number)
+
+    monkeypatch.setattr(quality_timing._Step, "_train", train)
+    monkeypatch.setattr(quality_timing, "free_bytes", lambda device: 2**40 if together else 0)
+    variants = given.variants(given.known_methods)
+    measured = quality_timing._measure(task, variants, given, 1)
+    assert measured.arrangement == ("together" if together else "in turns")
+    assert set(trained) == {"SliceFine-1R", "LoRA-r8"}
+    for numbers in trained.values():
+        assert numbers == ([0, 1, 2, 3, 4, 0, 1] if together else [0, 1, 2, 3, 4, 0, 1, 0, 1])
+    assert {name: len(seconds) for name, seconds in measured.seconds.items()} == dict.fromkeys(trained, 5)
 
 
 def test_timed_batches_of_texts_are_of_every_length(settings: Callable[..., QualitySettings], tmp_path: Path) -> None:
@@ -336,6 +374,28 @@ def test_a_random_mask_is_refused_where_weights_decay(settings: Callable[..., Qu
         attach_to(prepare(task.recipe, 0), job)
 
 
+def test_no_kept_run_of_a_mask_counts_where_weights_decay(
+    settings: Callable[..., QualitySettings],
+    made: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = {"overrides": settings().overrides | {"training.weight_decay": 0.1}}
+    given = settings(methods=("random-mask", "LoRA-r8"), **more)
+    with monkeypatch.context() as without:
+        without.setattr(quality, "misfit", lambda *given: None)
+        assert len(compared(given).final) == 2  # as before it was refused
+    assert len(made) == 4
+    capsys.readouterr()
+    found = compared(given)
+    assert len(made) == 4
+    assert {cell.method for cell in found.grid | found.final} == {"LoRA-r8"}
+    assert "the weights that are not of the mask" in found.failed["words", "random-mask"]
+    said = capsys.readouterr().err
+    assert "words, random-mask: weight decay" in said
+    assert "1 runs choose learning rates (1 are there already), 1 are final; 12 steps in all" in said
+
+
 # -------------------------------------------------------------------- learning rates
 
 
@@ -373,6 +433,50 @@ def test_a_grid_goes_on_beyond_the_end_where_its_best_lies(
     assert "by up to 2 more beyond the end" in quality_report.run(given, "slicefine bench quality").intro
 
 
+def test_each_grid_goes_on_by_its_own_factor_and_scale(
+    settings: Callable[..., QualitySettings],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Uneven, and given in no order: by the factor between the last two rates at the end where the best lies."""
+
+    def at_once(run: Any, jobs: Sequence[Any], **how: Any) -> Iterator[tuple[Any, Outcome]]:
+        for job in jobs:
+            rate = job[0].learning_rate
+            yield job, dataclasses.replace(OUTCOME, loss=rate if job[0].task == "low" else 1 / rate)
+
+    monkeypatch.setattr(quality, "in_processes", at_once)
+    of = f"recipe: minilm-text-classification, data.train: {tmp_path}/sets/words/train.jsonl, test: {tmp_path}/sets/words/test.jsonl"
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(f"tasks: {{low: {{{of}}}, high: {{{of}, rate_scale: 0.5}}}}")
+    given = settings(suite=str(suite), methods=("LoRA-r8",), learning_rates=(4e-3, 1e-3, 2e-2), extend=2)
+    found = compared(given)
+    tried = {name: sorted(cell.learning_rate for cell in found.grid if cell.task == name) for name in ("low", "high")}
+    assert tried == {"low": [6.25e-5, 2.5e-4, 1e-3, 4e-3, 2e-2], "high": [5e-4, 2e-3, 1e-2, 5e-2, 0.25]}
+    assert {cell.task: cell.learning_rate for cell in found.final} == {"low": 6.25e-5, "high": 0.25}
+    said = capsys.readouterr().err
+    assert "at least 6 runs choose learning rates (0 are there already), 2 are final; at least 40 steps in all" in said
+    assert "[56/56 steps, 00:00 left]" in said
+
+
+def test_a_grid_stands_when_the_run_beyond_it_fails(
+    settings: Callable[..., QualitySettings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def at_once(run: Any, jobs: Sequence[Any], **how: Any) -> Iterator[tuple[Any, Outcome | str]]:
+        for job in jobs:
+            rate = job[0].learning_rate
+            yield job, "out of memory" if rate > 2e-3 else dataclasses.replace(OUTCOME, loss=1 / rate)
+
+    monkeypatch.setattr(quality, "in_processes", at_once)
+    found = compared(settings(methods=("LoRA-r8",), learning_rates=(1e-3, 2e-3), extend=3))
+    assert sorted(cell.learning_rate for cell in found.grid) == [1e-3, 2e-3]
+    assert [cell.learning_rate for cell in found.final] == [2e-3]
+    assert (found.failed, quality_tables.edge(found, "words", "LoRA-r8")) == ({}, "highest")
+    said = capsys.readouterr().err
+    assert "words, LoRA-r8, learning rate 0.004, seed 0, 4 steps: out of memory; the grid ends before it" in said
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -388,6 +492,7 @@ def test_a_grid_goes_on_beyond_the_end_where_its_best_lies(
         ({"seed": -1}, "`--seed` is at least 0"),
         ({"seed": 2**32 - 1, "seeds": 2}, "below 2**32"),
         ({"learning_rates": (math.inf,)}, "above 0 and finite"),
+        ({"rounds": 2, "methods": ("SliceFine-5RC-w4",)}, "`--rounds` is at least 4, the turns of SliceFine-5RC-w4"),
     ],
 )
 def test_seeds_and_rates_that_no_run_can_have(

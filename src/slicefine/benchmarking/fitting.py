@@ -142,11 +142,18 @@ def _by_length(examples: Any) -> Any:
     return examples.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
+def misfit(variant: Variant, recipe: Recipe) -> str | None:
+    """Why the method cannot be trained by the recipe, whatever the model; None if it can."""
+    decay = recipe.training.weight_decay
+    if decay and variant.method.kind in MASKS:
+        return f"weight decay ({decay:g}) would change the weights that are not of the mask, too"
+    return None
+
+
 def attach_to(prepared: Prepared, job: Job) -> Attached:
     """The method on the model. Raises `SliceFineError` with the reason if it cannot be."""
-    decay = job.task.recipe.training.weight_decay
-    if decay and job.variant.method.kind in MASKS:
-        raise SliceFineError(f"weight decay ({decay:g}) would change the weights that are not of the mask, too")
+    if why := misfit(job.variant, job.task.recipe):
+        raise SliceFineError(why)
     return attach(
         job.variant.method,
         prepared.model,

@@ -18,7 +18,7 @@ import transformers
 from slicefine.benchmarking import quality_examples, quality_timing
 from slicefine.benchmarking.attaching import sized
 from slicefine.benchmarking.cells import Cell, Cells, Outcome
-from slicefine.benchmarking.fitting import Job, fit, prepare
+from slicefine.benchmarking.fitting import Job, fit, misfit, prepare
 from slicefine.benchmarking.methods import ADALORA, REFERENCE, Method, method
 from slicefine.benchmarking.processes import in_processes
 from slicefine.benchmarking.quality_progress import Progress
@@ -134,6 +134,10 @@ class _Plan:
                 f"{'; '.join(', '.join(of_task) for of_task in sorted(names))}. Compare tasks of one model, or name the ranks."
             )
         raise_all(problems, "slicefine bench quality")
+        for task in self._tasks:
+            for variant in found.variants[task.name]:
+                if why := misfit(variant, task.recipe):
+                    found.failed[task.name, variant.name] = why
         return found
 
     def _methods(self, prepared: Prepared) -> list[Method]:
@@ -189,6 +193,12 @@ class _Runs:
     def __init__(self, settings: QualitySettings, found: Comparison, changed: Listener) -> None:
         self._settings, self._found, self._changed = settings, found, changed
         self._cells = Cells(Path(settings.cells))
+        self._variants = {
+            name: [one for one in variants if (name, one.name) not in found.failed]
+            for name, variants in found.variants.items()
+        }
+        self._ended: set[tuple[str, str]] = set()
+        """Task and method whose grid does not go on: the run beyond it failed."""
         self.progress = Progress(self._planned_steps())
 
     def refuse_unreadable(self) -> None:
@@ -206,26 +216,31 @@ class _Runs:
         settings, grid = self._settings, list(self.of_grid())
         kept = sum(self._cells.path(cell, self._decisive(job)).is_file() for cell, job in grid)
         timed = f"; before them {settings.rounds} timed rounds of each method on each task" if settings.rounds else ""
+        for (task, name), why in self._found.failed.items():
+            self.progress.say(f"{task}, {name}: {why}")
+        least = "at least " if settings.extend else ""
         self.progress.say(
-            f"{len(grid)} runs choose learning rates ({kept} are there already), {self._final_runs()} are final; "
-            f"{self._planned_steps():,} steps in all{timed}"
+            f"{least}{len(grid)} runs choose learning rates ({kept} are there already), {self._final_runs()} are final; "
+            f"{least}{self._planned_steps():,} steps in all{timed}"
         )
 
     def _final_runs(self) -> int:
-        return sum(map(len, self._found.variants.values())) * self._settings.seeds
+        return sum(map(len, self._variants.values())) * self._settings.seeds
 
     def _planned_steps(self) -> int:
         """Of all runs."""
         return sum(cell.steps for cell, _ in self.of_grid()) + self._final_steps()
 
     def _final_steps(self) -> int:
-        settings, variants = self._settings, self._found.variants
-        return sum(settings.seeds * settings.steps_of(task) * len(variants[task.name]) for task in self._found.tasks)
+        settings = self._settings
+        return sum(
+            settings.seeds * settings.steps_of(task) * len(self._variants[task.name]) for task in self._found.tasks
+        )
 
     def of_grid(self) -> Iterator[tuple[Cell, Job]]:
         """Every learning rate, the first seed."""
         for task in self._found.tasks:
-            for variant in self._found.variants[task.name]:
+            for variant in self._variants[task.name]:
                 for rate in self._settings.rates(variant.method, task):
                     yield self._run(task, variant, rate, self._settings.seed, final=False)
 
@@ -233,13 +248,14 @@ class _Runs:
         """One more learning rate for each method whose best lies at an end of what it has tried."""
         settings, found = self._settings, self._found
         for task in found.tasks:
-            for variant in found.variants[task.name]:
-                best = found.rates.get((task.name, variant.name))
-                tried = {c.learning_rate for c in found.grid if (c.task, c.method) == (task.name, variant.name)}
+            for variant in self._variants[task.name]:
+                key = (task.name, variant.name)
+                best = found.rates.get(key)
+                tried = {cell.learning_rate for cell in found.grid if (cell.task, cell.method) == key}
                 rate = best and settings.beyond(variant.method, task, tried, best)
-                if rate and (task.name, variant.name) not in found.failed:
+                if rate and key not in found.failed and key not in self._ended:
                     cell, job = self._run(task, variant, rate, settings.seed, final=False)
-                    self.progress.leave_out(-cell.steps)
+                    self.progress.add(cell.steps)
                     yield cell, job
 
     def of_final(self) -> Iterator[tuple[Cell, Job]]:
@@ -249,7 +265,7 @@ class _Runs:
             self._run(task, variant, rates[task.name, variant.name], seed, final=True)
             for seed in range(settings.seed, settings.seed + settings.seeds)
             for task in self._found.tasks
-            for variant in self._found.variants[task.name]
+            for variant in self._variants[task.name]
             if (task.name, variant.name) in rates
         ]
         self.progress.leave_out(self._final_steps() - sum(cell.steps for cell, _ in chosen))
@@ -259,7 +275,7 @@ class _Runs:
         """Every run that the comparison may come to."""
         settings = self._settings
         for task in self._found.tasks:
-            for variant in self._found.variants[task.name]:
+            for variant in self._variants[task.name]:
                 for rate in settings.ladder(variant.method, task):
                     yield self._run(task, variant, rate, settings.seed, final=False)
                     for seed in range(settings.seed, settings.seed + settings.seeds):
@@ -316,9 +332,14 @@ class _Runs:
 
     def _fail(self, cell: Cell, why: str) -> None:
         self.progress.leave_out(cell.steps)
-        if (cell.task, cell.method) not in self._found.failed:
+        key = (cell.task, cell.method)
+        if not cell.final and key in self._found.rates:  # beyond a grid, which stands
+            self.progress.say(f"{cell.words}: {why}; the grid ends before it")
+            self._ended.add(key)
+            return
+        if key not in self._found.failed:
             self.progress.say(f"{cell.task}, {cell.method}: {why}")
-        self._found.failed.setdefault((cell.task, cell.method), why)
+        self._found.failed.setdefault(key, why)
         self._changed(self._found)
 
     def _decisive(self, job: Job) -> dict[str, Any]:

@@ -21,8 +21,12 @@ class Progress:
         self._bar = tqdm(total=steps, desc=TITLE, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None)
 
     def leave_out(self, steps: int) -> None:
-        """Steps that need not be made, or cannot; below 0, those that were not known of."""
-        self._planned -= steps
+        """Steps that need not be made, or cannot."""
+        self.add(-steps)
+
+    def add(self, steps: int) -> None:
+        """Steps that were not known of."""
+        self._planned += steps
         self._bar.total = self._planned
         self._bar.refresh()
 

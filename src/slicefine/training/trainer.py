@@ -14,10 +14,12 @@ from slicefine.errors import SliceFineError
 from slicefine.training import folder as folders
 from slicefine.training import record as records
 from slicefine.training.checked import CheckedTrainer
+from slicefine.training.interrupts import not_swallowed
 from slicefine.training.recipe import Recipe
 from slicefine.training.tasks import Prepared, Task
 
 
+@not_swallowed()
 def make_trainer(
     task: Task,
     prepared: Prepared,

@@ -31,6 +31,7 @@ from trl import SFTConfig, pack_dataset
 
 from slicefine.errors import SliceFineError, SliceFineWarning, first_line, listed, raise_all
 from slicefine.training.data import Table, read_tables, shorten
+from slicefine.training.interrupts import not_swallowed
 from slicefine.training.preflight import IGNORED
 from slicefine.training.prompts import prompt
 from slicefine.training.recipe import DataSettings, ModelSettings, Recipe
@@ -126,6 +127,7 @@ def read(data: DataSettings) -> Examples:
     return Examples(format=kind, **sets, sources=sources)
 
 
+@not_swallowed()
 def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     """Load tokenizer and model; tokenize, cut and pack the examples."""
     settings, data = recipe.model, recipe.data

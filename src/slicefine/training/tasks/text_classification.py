@@ -22,6 +22,7 @@ from slicefine.errors import SliceFineError, first_line
 from slicefine.training.checked import CheckedTrainer
 from slicefine.training.data import Table, read_tables, shorten
 from slicefine.training.heads import load_base_classifier, load_classifier
+from slicefine.training.interrupts import not_swallowed
 from slicefine.training.labels import not_validated, number, split, values
 from slicefine.training.metrics import scores_of
 from slicefine.training.named import other_classes
@@ -116,6 +117,7 @@ def read(data: DataSettings) -> Examples:
     )
 
 
+@not_swallowed()
 def prepare(recipe: Recipe, examples: Examples) -> Prepared:
     """Load tokenizer and model, and tokenize the examples. Padding is left to each batch."""
     settings = recipe.model

@@ -26,6 +26,7 @@ def step(layers: str, sizes: dict[str, tuple[int, ...]], *, accumulating: bool) 
     ]
     return StepMemory(
         saved=sum(saved), saved_logits=0, logits=0, gradients=sum(gradients), reached=sum(gradients),
+        blocks={"activations": sum(saved), "gradients": sum(gradients)},
         highest={FORWARD: {}, HEAD: {}, LAYERS: max(moments, key=lambda alive: sum(alive.values()))},
     )  # fmt: skip
 

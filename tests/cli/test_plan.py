@@ -45,7 +45,9 @@ def test_the_configuration_is_all_there_is(config_only: Path, tmp_path: Path) ->
     assert done.stderr == f"report: {tmp_path / 'plan' / 'report.html'}\n"
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["model", "batch", "slices", "parameters", "run", "as"]
-    assert lines[-2] == "In 24.00 GiB, 1.00 GiB set aside for what is no tensor: SliceFine-5RC, LoRA-r8, full fit."
+    assert (
+        lines[-2] == "In 24.00 GiB, 1.00 GiB of it set aside for what is no tensor: SliceFine-5RC, LoRA-r8, full fit."
+    )
     made = json.loads((tmp_path / "plan/plan.json").read_text())
     assert (made["recipe"]["task"], made["steps"], made["recipe"]["data.max_length"]) == ("text-classification", 9, 16)
     assert [method["fits"] for method in made["methods"]] == [True] * 3

@@ -1,7 +1,8 @@
 """The memory of a step of a deep model, from the steps of models of few layers.
 
 Every further layer of a kind adds the same bytes: what it saves, until the backward pass has been through it, and its gradients from then
-on. So what is alive grows evenly with the number of layers within each part of a step; which part is the highest may change.
+on. So what is alive in the forward pass and at the head grows evenly with the number of layers; in the backward pass through the layers it
+depends on which of them that is in.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def with_more_layers(start: StepMemory, added: Added, *, accumulating: bool) -> 
         logits=all_of(lambda step: step.logits),
         gradients=all_of(lambda step: step.gradients),
         reached=all_of(lambda step: step.reached),
+        blocks={kind: all_of(lambda step, kind=kind: step.blocks[kind]) for kind in start.blocks},
         highest={part: highest(part) for part in (FORWARD, HEAD)} | {LAYERS: _in_layers(start, added, accumulating)},
     )
 
@@ -44,8 +46,9 @@ def _in_layers(start: StepMemory, added: Added, accumulating: bool) -> dict[str,
 
     Layers before that one still have what they save, those after it have their gradients already.
     """
-    pending = [step.saved - start.saved for step in added]
-    gradients = [step.gradients - start.gradients for step in added]
+    pending, gradients = (
+        [step.blocks[kind] - start.blocks[kind] for step in added] for kind in ("activations", "gradients")
+    )
     # That of `start` may be in a layer between any two of those that are added.
     moments = [(start, place, place) for place in range(len(added) + 1)]
     moments += [(step, place, place + 1) for place, step in enumerate(added)]

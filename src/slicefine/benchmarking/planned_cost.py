@@ -263,10 +263,9 @@ def _shorter(of: Subject, method: str, model: nn.Module) -> tuple[Subject, dict[
     A kind is called by the number of its first layer.
     """
     kinds = of.kinds
-    last = [
-        kind for place, kind in enumerate(kinds) if kind not in kinds[place + 1 :]
-    ]  # one of each, in their order at the end
     for lead in range(UNLIKE):
+        # One of each kind that follows, in their order at the end.
+        last = [kind for place, kind in enumerate(kinds) if place >= lead and kind not in kinds[place + 1 :]]
         base = kinds[:lead] + last
         if of.layers < 2 * (len(base) + 1):
             return None

@@ -150,18 +150,21 @@ def plan(
     of = subject(recipe, config)
     model = attached(of, SLICEFINE)
     layers = tuned(model)
-    counts = parameter_counts(model, steps)
+    # A slice that stays has trained after one step what it trains in any number of them.
+    stays = recipe.slice.slide_every is None and recipe.slice.depth_window is None
+    length = 1 if steps is None and stays else steps
+    counts = parameter_counts(model, length)
     biases = sum(
         layer.slicefine_bias[a].numel()
         for _, layer, a in layers
-        if a in layer.slicefine_bias and layer.slicefine_state[a].schedule.own(steps or 0)
+        if a in layer.slicefine_bias and layer.slicefine_state[a].schedule.own(length or 0)
     )
     shapes = [layer.shape for _, layer, _ in layers]
     linear = all(layer.place.is_layer and isinstance(layer.place.module, LINEAR_LAYERS) for _, layer, _ in layers)
     schedules = [layer.slicefine_state[a].schedule for _, layer, a in layers]
     both = list(zip(schedules, shapes, strict=True))
-    ranks = [min(sum(touched(schedule, steps, shape)), *shape[:2]) for schedule, shape in both] if steps else []
-    last = max((steps or 0) - 1, 0)
+    ranks = [min(sum(touched(schedule, length, shape)), *shape[:2]) for schedule, shape in both] if length else []
+    last = max((length or 0) - 1, 0)
     moves = [0 if schedule.confined(shape) else schedule.moves(last) for schedule, shape in both]
     costs, notes, lora_refused = _costs(of, model, gpu=gpu, steps=steps)
     made = Plan(
@@ -173,10 +176,10 @@ def plan(
         counts=dataclasses.replace(counts, active=costs[0].active),
         turns=_turns(layers, recipe.slice.depth_window or []),
         steps=steps,
-        moves=None if steps is None else max(moves),
-        fewest_moves=None if steps is None else min(moves),
+        moves=None if length is None else max(moves),
+        fewest_moves=None if length is None else min(moves),
         targets=len(layers),
-        coverage=((counts.planned or 0) - biases) / sum(map(math.prod, shapes)) if steps else None,
+        coverage=((counts.planned or 0) - biases) / sum(map(math.prod, shapes)) if length else None,
         lora_rank=max(ranks, default=None) if linear and not lora_refused else None,
         lora_refused=lora_refused,
         costs=costs,

@@ -105,7 +105,7 @@ def _head(plan: Plan) -> list[str]:
         f"{'model':<12} {recipe.model.name} ({plan.model}), {counts.total:,} parameters, {recipe.task}",
         f"{'batch':<12} {training.per_device_train_batch_size} x {each}, accumulation {training.gradient_accumulation_steps}, {', '.join(extras)}, "
         f"{'GPU' if plan.gpu else 'CPU'}",
-        f"{'slices':<12} {recipe.slice_schedule}, {plan.targets} weights",
+        f"{'slices':<12} {str(recipe.slice_schedule).replace('None', 'null')}, {plan.targets} weights",
         f"{'parameters':<12} {counts.active:,} active{' at most' if plan.turns else ''}, {counts.touched:,} touched, {planned} planned, {counts.added} added"
         + (f"; {counts.modules_to_save:,} in new modules, trained in full" if counts.modules_to_save else ""),
         *_turns(plan),
@@ -174,7 +174,7 @@ def _table(plan: Plan) -> list[str]:
 
 def _verdict(plan: Plan) -> list[str]:
     outside = OUTSIDE[GPU if plan.gpu else CPU]
-    aside = f", {size(outside)} set aside for what is no tensor" if outside else ""
+    aside = f", {size(outside)} of it set aside for what is no tensor" if outside else ""
     if plan.memory is None:
         return [
             f"Give the memory of the device to know whether it fits: --memory 24GiB{aside and ' (' + aside[2:] + ')'}."
@@ -192,7 +192,7 @@ def _verdict(plan: Plan) -> list[str]:
         return [
             *lines,
             f"No batch, checkpointing or axis makes {ours.method} fit: with {_settings(plan.smallest)} it still needs "
-            f"{size(plan.smallest.device)}, {size(ours.weights)} of them weights.",
+            f"{size(plan.smallest.device)}{' beside that' if aside else ''}, {size(ours.weights)} of them weights.",
         ]
     return [*lines, f"{ours.method} fits with", *(f"  {_settings(c)}  ({size(c.device)})" for c in plan.changes)]
 

@@ -44,6 +44,8 @@ class StepMemory:
     """Gradients of parameters at the end of the backward pass; one that is a view keeps its whole storage."""
     reached: int
     """Parameters that get a gradient."""
+    blocks: dict[str, int]
+    """`activations`: `saved`, and `gradients`, in blocks of the allocator."""
     highest: dict[str, dict[str, int]]
     """Part of the step (`PARTS`) -> the most that is alive at once, in blocks of the allocator, by what it is: `activations` (saved for
     backward), `logits`, `gradients`, and `temporary`, all else."""
@@ -161,10 +163,11 @@ class _Live(TorchDispatchMode):
                 highest["gradients"] -= _blocks(parameter.grad.untyped_storage().nbytes())
             parameter.grad = None
 
-    def saved(self) -> tuple[int, int]:
-        """Bytes that are saved now, and those of them that are logits."""
+    def saved(self) -> tuple[int, int, int]:
+        """Bytes that are saved now, those of them that are logits, and all of them in blocks."""
+        sizes = [self._bytes[key] for key in self._saved]
         logits = sum(self._bytes[key] for key in self._saved if self._kinds[key] == "logits")
-        return sum(self._bytes[key] for key in self._saved), logits
+        return sum(sizes), logits, sum(map(_blocks, sizes))
 
 
 def _key(tensor: Tensor) -> int:
@@ -203,21 +206,22 @@ def count(
         stack.enter_context(live)
         with torch.autograd.graph.saved_tensors_hooks(live.save, lambda tensor: tensor):
             loss = loss_of()
-            saved, saved_logits = live.saved()
+            saved, saved_logits, in_blocks = live.saved()
             live.part = HEAD
             loss.backward()
     del loss
     if accumulating:
         live.end_without(parameter for parameter in trained if id(parameter) not in live.reached)
     reached = [p for p in trained if p.grad is not None]
-    gradients = sum(p.grad.untyped_storage().nbytes() for p in reached if p.grad is not None)
+    gradients = [p.grad.untyped_storage().nbytes() for p in reached if p.grad is not None]
     model.zero_grad(set_to_none=True)
     return StepMemory(
         saved=saved,
         saved_logits=saved_logits,
         logits=live.logits,
-        gradients=gradients,
+        gradients=sum(gradients),
         reached=sum(p.nbytes for p in reached),
+        blocks={"activations": in_blocks, "gradients": sum(map(_blocks, gradients))},
         highest=live.highest,
     )
 

@@ -200,7 +200,7 @@ def _fits(content: Mapping[str, Any]) -> Section:
     elif smallest := content.get("smallest"):
         text = (
             f"No batch, checkpointing or axis makes {methods[0]['method']} fit: with `{_settings(smallest)}` it still needs "
-            f"{size(smallest['device'])}, {size(methods[0]['weights'])} of them weights."
+            f"{size(smallest['device'])}{' beside what is set aside' if content.get('set_aside') else ''}, {size(methods[0]['weights'])} of them weights."
         )
         blocks.append(Prose(text=text, tone="bad"))
     return Section(title="Does it fit?", blocks=blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from slicefine.benchmarking.fitting import Job, attach_to, prepare
 from slicefine.benchmarking.methods import method
 from slicefine.benchmarking.quality import Comparison, compare, decisive, model_fingerprint
 from slicefine.benchmarking.quality_settings import QualitySettings
+from slicefine.benchmarking.results import Report
 from slicefine.benchmarking.suite import load_suite
 from slicefine.benchmarking.timing import Measured
 from slicefine.benchmarking.variants import Variant
@@ -366,6 +368,26 @@ def test_a_step_of_a_language_model_is_timed_with_the_loss_that_it_is_trained_wi
     assert [more["fused_lm_head"] for more in said] == [True]
 
 
+def test_a_report_has_the_threads_of_its_runs(settings: Callable[..., QualitySettings], tmp_path: Path) -> None:
+    """And not those of the process that starts them."""
+    resolved = quality_report._resolved(settings(threads=3))
+    report = Report(theme="quality", intro="", folder=tmp_path, command="", settings=resolved)
+    assert (report.provenance["hardware"]["threads"], "-3-threads-" in report.name) == (3, True)
+
+
+def test_a_model_that_is_not_there_is_told_once_for_all_tasks(
+    tmp_path: Path, settings: Callable[..., QualitySettings]
+) -> None:
+    """Before the loaders ask the hub, which takes them most of a minute without a network."""
+    given = settings()
+    shutil.copytree(tmp_path / "sets/words", tmp_path / "sets/more")
+    away = str(tmp_path / "away")
+    with pytest.raises(SliceFineError) as refused:
+        compared(dataclasses.replace(given, overrides={"model.name": away}))
+    assert str(refused.value).startswith("slicefine bench quality: more, words: `model.name` is a folder")
+    assert f"there is no folder {away}." in str(refused.value)
+
+
 def test_a_random_mask_is_refused_where_weights_decay(settings: Callable[..., QualitySettings]) -> None:
     given = settings()
     (task,) = load_suite(given.suite, given.overrides | {"training.weight_decay": 0.1})
@@ -393,7 +415,10 @@ def test_no_kept_run_of_a_mask_counts_where_weights_decay(
     assert "the weights that are not of the mask" in found.failed["words", "random-mask"]
     said = capsys.readouterr().err
     assert "words, random-mask: weight decay" in said
-    assert "1 runs choose learning rates (1 are there already), 1 are final; 12 steps in all" in said
+    assert (
+        "1 runs choose learning rates (1 are there already), 1 are final; 12 steps in all, those of kept runs among them"
+        in said
+    )
 
 
 # -------------------------------------------------------------------- learning rates
@@ -456,7 +481,9 @@ def test_each_grid_goes_on_by_its_own_factor_and_scale(
     assert tried == {"low": [6.25e-5, 2.5e-4, 1e-3, 4e-3, 2e-2], "high": [5e-4, 2e-3, 1e-2, 5e-2, 0.25]}
     assert {cell.task: cell.learning_rate for cell in found.final} == {"low": 6.25e-5, "high": 0.25}
     said = capsys.readouterr().err
-    assert "at least 6 runs choose learning rates (0 are there already), 2 are final; at least 40 steps in all" in said
+    assert (
+        "at least 6 runs choose learning rates (0 are there already), 2 are final; at least 40 steps in all, " in said
+    )
     assert "[56/56 steps, 00:00 left]" in said
 
 
@@ -473,6 +500,7 @@ def test_a_grid_stands_when_the_run_beyond_it_fails(
     assert sorted(cell.learning_rate for cell in found.grid) == [1e-3, 2e-3]
     assert [cell.learning_rate for cell in found.final] == [2e-3]
     assert (found.failed, quality_tables.edge(found, "words", "LoRA-r8")) == ({}, "highest")
+    assert found.ended == {("words", "LoRA-r8"): "0.004: out of memory"}
     said = capsys.readouterr().err
     assert "words, LoRA-r8, learning rate 0.004, seed 0, 4 steps: out of memory; the grid ends before it" in said
 

@@ -192,7 +192,10 @@ def test_ctrl_c_leaves_finished_runs_and_nothing_else(settings: Callable[..., Qu
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130, (tmp_path / "log").read_text()
     said = (tmp_path / "log").read_text().splitlines()
-    assert said[0] == "1 runs choose learning rates (0 are there already), 1 are final; 4,008 steps in all"
+    assert (
+        said[0]
+        == "1 runs choose learning rates (0 are there already), 1 are final; 4,008 steps in all, those of kept runs among them"
+    )
     assert said[-1].startswith(
         f"Interrupted; what is finished is in {tmp_path}/cells: the same command goes on with the rest."
     )

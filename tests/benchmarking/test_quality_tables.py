@@ -44,7 +44,7 @@ def found():
         )
         for name in ("one", "two")
     ]
-    settings = QualitySettings(suite="suite", methods=(OURS, LORA, BROKEN), seeds=2, steps=100)
+    settings = QualitySettings(suite=".", methods=(OURS, LORA, BROKEN), seeds=2, steps=100)
     variants = [Variant(method=method(name)) for name in (OURS, LORA, BROKEN)]
     summary = {"train": {"examples": 90}, "validation": {"examples": 100}, "classes": ["a", "b"]}
     comparison = Comparison(
@@ -72,6 +72,10 @@ def table(found, title):
     return {
         row["method"]: row for row in next(t for t in quality_tables.tables(found) if t.title.startswith(title)).rows
     }
+
+
+def note(found, title):
+    return next(t for t in quality_tables.tables(found) if t.title == title).note
 
 
 def test_the_posters_table(found):
@@ -162,11 +166,6 @@ def test_a_depth_window_is_timed_by_whole_turns(found):
         found.timed[task] = Measured(arrangement="together", rounds=5, seconds=seconds)
     assert quality_tables.Tasks(found).paces(found.tasks[0], name) == [0.5, 0.5]
     assert quality_tables.Tasks(found).seconds(found.tasks[0], name) == 5 / 2
-    found.timed["one"].rounds, found.timed["one"].seconds[name] = 1, [1.0]
-    assert (
-        table(found, "one")[name]["not measured"]
-        == "no times: none of its cycles of 2 rounds was whole: 1 rounds, together"
-    )
 
 
 def test_times_are_compared_batch_by_batch(found):
@@ -176,9 +175,24 @@ def test_times_are_compared_batch_by_batch(found):
     assert [row[f"a step / {LORA}{end}"] for end in ("", ", min", ", max")] == [0.5, 0.5, 15]
     assert row["ms a step"] == pytest.approx(1000 * 0.5 * 4)
     assert row["minutes of training"] == pytest.approx(100 * 2 / 60)
+    assert "the median, and the ends, of ratios on the same batch, timed together" in note(found, "one")
     del found.timed["one"].seconds[LORA]
     row = table(found, "one")[OURS]
     assert (row[f"a step / {LORA}"], row["ms a step"]) == (None, pytest.approx(35_000 / 3))
+    assert note(found, "one") == "ms a step: the mean, timed together; minutes: as many steps as a final run has."
+
+
+def test_in_turns_ratios_have_no_ends(found):
+    """Both ran on the same batch, but minutes apart."""
+    found.timed["one"] = dataclasses.replace(found.timed["one"], arrangement="in turns")
+    row = table(found, "one")[OURS]
+    assert [row[f"a step / {LORA}{end}"] for end in ("", ", min", ", max")] == [0.5, None, None]
+    assert "the median of ratios on the same batch, timed in turns" in note(found, "one")
+
+
+def test_a_grid_that_could_not_go_on_is_told(found):
+    found.ended["one", OURS] = "0.03: out of memory"
+    assert table(found, "one")[OURS]["not measured"] == "its grid ends before 0.03: out of memory"
 
 
 def test_why_there_are_no_times(found):

@@ -1,6 +1,7 @@
 """Which examples are trained on, which choose, and which judge."""
 
 import json
+import re
 
 import pytest
 
@@ -58,6 +59,15 @@ def test_a_file_names_recipes_and_paths_beside_it(tmp_path):
     assert one.recipe.data.train == str(tmp_path / "sets/one/train.jsonl")
     assert one.test == str(tmp_path / "sets/one/test.jsonl")
     assert (hub.recipe.data.train, hub.recipe.data.validation, hub.test) == ("nyu-mll/glue", 0.1, "validation")
+
+
+def test_a_place_without_a_suite(tmp_path):
+    """What else lies beside it, a script say, is none that could have been meant."""
+    for name in ("fours.sh", "four.yaml"):
+        (tmp_path / name).touch()
+    for name, says in (("four.yml", "nothing there. Did you mean 'four.yaml'?"), ("fours.sh", "neither a folder nor")):
+        with pytest.raises(SliceFineError, match=re.escape(f"{tmp_path / name} is {says}")):
+            load_suite(tmp_path / name)
 
 
 def test_every_problem_of_every_task_at_once(tmp_path):

@@ -53,7 +53,6 @@ def test_what_does_other_work_in_every_round_is_averaged_over_whole_cycles() -> 
     assert together.cycles("a", 1) == seconds["a"]
     assert together.cycles("a", 3) == [3, 5]  # and not the seventh, a cycle's first round
     assert together.cycles("a", 8) == []  # there is no whole one
-    assert together.reason("a", 8) == "none of its cycles of 8 rounds was whole: 7 rounds, together"
     assert (together.cycles("b", 2), together.cycles("c", 2)) == ([], [])
     in_turns = Measured(arrangement="in turns", rounds=7, seconds=seconds)  # four rounds, then three that begin anew
     assert in_turns.cycles("a", 3) == [3, 7]
@@ -68,7 +67,7 @@ def test_interrupted_in_turns_a_cycle_does_not_go_over_to_the_second_half() -> N
     assert measured.cycles("a", 2) == [1.5, 1.5, 6]
     assert measured.ratios("a", "b", 2) == [0.75, 0.75]
     assert measured.ratios("a", "b", 1) == [0.5, 1, 0.5, 1, 0.5]
-    assert measured.reason("c", 2) == "interrupted"
+    assert measured.reason("c") == "interrupted"
 
 
 def test_in_turns_each_is_alone_once_in_each_order() -> None:
@@ -92,6 +91,23 @@ def test_in_turns_each_is_alone_once_in_each_order() -> None:
     assert [number for name, number in log if name == "a"] == [0, 1, 2, 3, 0, 4, 5]
     assert measured.seconds == {"a": [1.0] * 5, "b": [1.0] * 5}
     assert measured.arrangement == "in turns"
+
+
+@pytest.mark.parametrize(("together", "rounds"), [(True, 4), (False, 7)])
+def test_what_does_other_work_in_more_rounds_than_there_are_is_not_begun(together: bool, rounds: int) -> None:
+    """In turns a cycle has to fit into the first half of the rounds."""
+    log: Log = []
+    builds = {name: logged(log, name) for name in "ab"}
+
+    def measured(rounds: int) -> Measured:
+        return measure(builds, rounds=rounds, warmup=1, seed=0, together=together, title="test", turns={"a": 4, "b": 1})
+
+    enough = measured(rounds)
+    assert (len(enough.cycles("a", 4)), enough.failed) == (1, {})
+    log.clear()
+    short = measured(rounds - 1)
+    assert {name for name, _ in log} == {"b"}
+    assert short.reason("a") == f"4 turns, measured {short.arrangement}, take `--rounds {rounds}` or more"
 
 
 def test_one_round_in_turns() -> None:

@@ -94,6 +94,11 @@ def test_ctrl_c_is_130_and_keeps_what_is_measured(
             "`--rounds` is at least 12, the turns of SliceFine-5R-w12, each of which is other work; got 9.",
         ),
         (["speed", "--rounds", "0"], "`--rounds` is at least 1; got 0."),
+        (["quality", "--slice.r", "3"], "There is no argument '--slice.r' here. Did you mean '--r'? See --help."),
+        (
+            ["quality", "--suite", "no/sets", "--steps", "4"],
+            "1. `--steps` is at least 8; got 4.\n  2. `--suite` is a folder",
+        ),
         (["speed", "--models"], "--models takes a value"),
         (["memory", "--models", "lama-3.2-3b"], "There is no model 'lama-3.2-3b'; there are llama-3.2-3b, "),
         (["memory", "--methods", "full,LoRa-8"], "Did you mean 'LoRA-r8'?"),

@@ -166,6 +166,11 @@ class Method:
         return f"{self.kind}-r{self.r}"
 
     @property
+    def turns(self) -> int:
+        """Steps after which it does the same work again."""
+        return self.window or 1
+
+    @property
     def family(self) -> str:
         """The method without its rank: what a sweep over ranks draws one line for."""
         if self.kind not in (SLICEFINE, ROCOFT):
@@ -241,9 +246,9 @@ def sizeless(equal_parameters: str | None) -> list[str]:
 def too_few(rounds: int, methods: Iterable[Method]) -> list[str]:
     """What is wrong with `--rounds`, of which depth windows need as many as they have turns."""
     return [
-        f"`--rounds` is at least {one.window}, the turns of {one.name}, each of which is other work; got {rounds}."
+        f"`--rounds` is at least {one.turns}, the turns of {one.name}, each of which is other work; got {rounds}."
         for one in methods
-        if one.window and rounds < one.window
+        if one.window and rounds < one.turns
     ]
 
 

@@ -26,7 +26,8 @@ from slicefine.benchmarking.quality_settings import QualitySettings
 from slicefine.benchmarking.suite import QualityTask, load_suite
 from slicefine.benchmarking.timing import Measured, reason
 from slicefine.benchmarking.variants import Variant, unmoved
-from slicefine.errors import SliceFineError, raise_all
+from slicefine.errors import SliceFineError, by_text, raise_all
+from slicefine.training.hub import model_problem
 from slicefine.training.record import versions
 from slicefine.training.tasks import Prepared
 
@@ -54,9 +55,15 @@ class Comparison:
     final: dict[Cell, Outcome] = field(default_factory=dict)
     failed: dict[tuple[str, str], str] = field(default_factory=dict)
     """Task and method -> why there is no result."""
+    ended: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Task and method -> the run beyond its grid that failed, and why: the grid does not go on."""
     timed: dict[str, Measured] = field(default_factory=dict)
     """Task -> seconds of training steps, all methods interleaved."""
     interrupted: bool = False
+
+    def possible(self, task: str) -> list[Variant]:
+        """The methods that have not failed on a task."""
+        return [one for one in self.variants[task] if (task, one.name) not in self.failed]
 
     def by_seed(self, task: str, variant: str) -> dict[int, Outcome]:
         """Seed -> final run of a method on a task, in the order of seeds."""
@@ -112,6 +119,9 @@ class _Plan:
         found = Comparison(settings=self._settings, tasks=self._tasks, variants={}, sources={})
         problems = []
         fingerprint = functools.cache(model_fingerprint)  # tasks share a model, whose files are large
+        places = functools.cache(model_problem)
+        unreachable = {task.name: problem for task in self._tasks if (problem := places(task.recipe.model.name))}
+        problems += by_text(unreachable)
         for task in self._tasks:
             final, grid = self._settings.steps_of(task), self._settings.steps_of_grid(task)
             if grid > final:
@@ -119,6 +129,8 @@ class _Plan:
                     f"Task {task.name}: `grid_steps` is at most the steps of a final run, {final}; got {grid}."
                 )
             problems += [f"Task {task.name}: {problem}" for problem in unmoved(dict(self._settings.ablations), final)]
+            if task.name in unreachable:
+                continue
             try:
                 found.sources[task.name], found.seen[task.name] = quality_examples.judging(task)
                 # Whether the model loads shows here, and not in every run.
@@ -166,7 +178,7 @@ def _time(settings: QualitySettings, found: Comparison) -> None:
     cells = Cells(Path(settings.cells))
     _, threads = settings.at_once(gpu=torch.cuda.is_available())
     for task in found.tasks:
-        variants, model = found.variants[task.name], found.models[task.name]
+        variants, model = found.possible(task.name), found.models[task.name]
         measured = quality_timing.measured(cells, task, model, variants, settings, threads)
         found.timed[task.name] = measured
         if measured.interrupted:
@@ -193,12 +205,7 @@ class _Runs:
     def __init__(self, settings: QualitySettings, found: Comparison, changed: Listener) -> None:
         self._settings, self._found, self._changed = settings, found, changed
         self._cells = Cells(Path(settings.cells))
-        self._variants = {
-            name: [one for one in variants if (name, one.name) not in found.failed]
-            for name, variants in found.variants.items()
-        }
-        self._ended: set[tuple[str, str]] = set()
-        """Task and method whose grid does not go on: the run beyond it failed."""
+        self._variants = {task.name: found.possible(task.name) for task in found.tasks}
         self.progress = Progress(self._planned_steps())
 
     def refuse_unreadable(self) -> None:
@@ -215,13 +222,17 @@ class _Runs:
         """Say how much there is to do, before any of it."""
         settings, grid = self._settings, list(self.of_grid())
         kept = sum(self._cells.path(cell, self._decisive(job)).is_file() for cell, job in grid)
-        timed = f"; before them {settings.rounds} timed rounds of each method on each task" if settings.rounds else ""
+        timed = (
+            f"; before them {settings.rounds} timed rounds of each method on each task, unless kept"
+            if settings.rounds
+            else ""
+        )
         for (task, name), why in self._found.failed.items():
             self.progress.say(f"{task}, {name}: {why}")
         least = "at least " if settings.extend else ""
         self.progress.say(
             f"{least}{len(grid)} runs choose learning rates ({kept} are there already), {self._final_runs()} are final; "
-            f"{least}{self._planned_steps():,} steps in all{timed}"
+            f"{least}{self._planned_steps():,} steps in all, those of kept runs among them{timed}"
         )
 
     def _final_runs(self) -> int:
@@ -253,7 +264,7 @@ class _Runs:
                 best = found.rates.get(key)
                 tried = {cell.learning_rate for cell in found.grid if (cell.task, cell.method) == key}
                 rate = best and settings.beyond(variant.method, task, tried, best)
-                if rate and key not in found.failed and key not in self._ended:
+                if rate and key not in found.failed and key not in found.ended:
                     cell, job = self._run(task, variant, rate, settings.seed, final=False)
                     self.progress.add(cell.steps)
                     yield cell, job
@@ -335,7 +346,8 @@ class _Runs:
         key = (cell.task, cell.method)
         if not cell.final and key in self._found.rates:  # beyond a grid, which stands
             self.progress.say(f"{cell.words}: {why}; the grid ends before it")
-            self._ended.add(key)
+            self._found.ended[key] = f"{cell.learning_rate:g}: {why}"
+            self._changed(self._found)
             return
         if key not in self._found.failed:
             self.progress.say(f"{cell.task}, {cell.method}: {why}")

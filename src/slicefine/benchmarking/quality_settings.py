@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slicefine.benchmarking.methods import FROZEN, KINDS, METHODS, Method, method, sizeless, too_few
-from slicefine.benchmarking.suite import LEAST_STEPS, QualityTask, settable
+from slicefine.benchmarking.suite import LEAST_STEPS, QualityTask, place_problems, settable
 from slicefine.benchmarking.variants import Variant, problems, unused, variants
 from slicefine.errors import SliceFineError, did_you_mean, raise_all
 from slicefine.training.folder import refuse_unwritable
@@ -118,6 +118,7 @@ class QualitySettings:
         found += [
             f"There is no setting {key!r} here.{did_you_mean(key, known)}" for key in self.overrides if key not in known
         ]
+        found += place_problems(Path(self.suite))
         found += [
             f"`{flag}` is a folder; {path} is a file."
             for flag, path in self.folders.items()

@@ -19,6 +19,7 @@ from slicefine.benchmarking.models import CAUSAL_LM
 from slicefine.benchmarking.quality import Comparison
 from slicefine.benchmarking.results import Row, Table
 from slicefine.benchmarking.suite import QualityTask
+from slicefine.benchmarking.timing import TOGETHER
 from slicefine.training.metrics import METRICS
 from slicefine.training.named import NAMED
 
@@ -54,14 +55,10 @@ class Tasks:
         metric, runs = self.metric(task), self.found.by_seed(task.name, name)
         return {seed: score for seed, outcome in runs.items() if (score := main(outcome, metric)) is not None}
 
-    def turns(self, task: QualityTask, name: str) -> int:
-        """Rounds after which a method does the same work again."""
-        return next((one.method.window for one in self.found.variants[task.name] if one.name == name), None) or 1
-
     def paces(self, task: QualityTask, name: str) -> list[float]:
         """Seconds of a step over those of the reference on the same batch; of a depth window on the batches of a whole cycle."""
         timed = self.found.timed.get(task.name)
-        return timed.ratios(name, REFERENCE, self.turns(task, name)) if timed else []
+        return timed.ratios(name, REFERENCE, self._turns(task, name)) if timed else []
 
     def seconds(self, task: QualityTask, name: str) -> float | None:
         """Mean seconds of a step.
@@ -72,8 +69,11 @@ class Tasks:
         timed, paces = self.found.timed.get(task.name), self.paces(task, name)
         if timed and paces:
             return statistics.median(paces) * statistics.fmean(timed.seconds[REFERENCE])
-        own = timed.cycles(name, self.turns(task, name)) if timed else []
+        own = timed.cycles(name, self._turns(task, name)) if timed else []
         return statistics.fmean(own) if own else None
+
+    def _turns(self, task: QualityTask, name: str) -> int:
+        return next(one.method.turns for one in self.found.variants[task.name] if one.name == name)
 
     def curve(self, task: QualityTask, name: str) -> list[tuple[int, float]]:
         """Step -> main score on the examples that choose, the mean of the runs that got there."""
@@ -332,24 +332,37 @@ def _of_task(tasks: Tasks, task: QualityTask) -> Table:
             row[of] = statistics.fmean(values) if values else None
         losses = [outcome.loss for outcome in outcomes if outcome.loss is not None]
         row["test loss"] = statistics.fmean(losses) if losses else None
+        timed = found.timed.get(task.name)
         row[f"a step / {REFERENCE}"] = statistics.median(paces) if paces else None
-        row |= {f"a step / {REFERENCE}, {end.__name__}": end(paces, default=None) for end in (min, max)}
+        beside = paces if timed and timed.arrangement == TOGETHER else []
+        row |= {f"a step / {REFERENCE}, {end.__name__}": end(beside, default=None) for end in (min, max)}
         row["ms a step"] = 1000 * seconds if seconds else None
         row["minutes of training"] = seconds * found.settings.steps_of(task) / 60 if seconds else None
         peaks = [outcome.peak_bytes for outcome in outcomes if outcome.peak_bytes is not None]
         row["peak MiB"] = max(peaks) / 2**20 if peaks else None
         diverged = sum(outcome.diverged is not None for outcome in outcomes)
         why = [found.failed.get((task.name, name), f"{diverged} of {len(outcomes)} runs diverged" if diverged else "")]
-        timed = found.timed.get(task.name)
+        if (task.name, name) in found.ended:
+            why.append(f"its grid ends before {found.ended[task.name, name]}")
         if timed and seconds is None and (task.name, name) not in found.failed:
-            why.append(f"no times: {timed.reason(name, tasks.turns(task, name))}")
+            why.append(f"no times: {timed.reason(name)}")
         row["not measured"] = "; ".join(filter(None, why))
         rows.append(row)
-    note = (
-        f"a step / {REFERENCE}: the median, and the ends, of ratios on the same batch, timed side by side; ms a step: that median by the mean of {REFERENCE}'s times; "
-        "minutes: as many steps as a final run has."
+    return Table(title=task.name, rows=rows, note=_of_times(tasks, task))
+
+
+def _of_times(tasks: Tasks, task: QualityTask) -> str:
+    """What the columns of times are; empty where there are none."""
+    timed = tasks.found.timed.get(task.name)
+    if timed is None:
+        return ""
+    if not timed.seconds.get(REFERENCE):
+        return f"ms a step: the mean, timed {timed.arrangement}; minutes: as many steps as a final run has."
+    ends = ", and the ends," if timed.arrangement == TOGETHER else ""
+    return (
+        f"a step / {REFERENCE}: the median{ends} of ratios on the same batch, timed {timed.arrangement}; ms a step: that median by the mean of "
+        f"{REFERENCE}'s times; minutes: as many steps as a final run has."
     )
-    return Table(title=task.name, rows=rows, note=note if found.timed else "")
 
 
 def edge(found: Comparison, task: str, name: str) -> str | None:

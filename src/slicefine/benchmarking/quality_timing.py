@@ -116,6 +116,7 @@ def _measure(task: QualityTask, variants: Sequence[Variant], settings: QualitySe
             seed=settings.seed,
             together=together,
             title=f"{task.name}, time of a step",
+            turns={one.name: one.method.turns for one in variants},
         )
 
 

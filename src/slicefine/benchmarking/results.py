@@ -52,7 +52,7 @@ class Report:
             "seed": self.settings["seed"],
             "started": now(),
             "commit": commit(),
-            "hardware": hardware(),
+            "hardware": hardware() | {key: value for key, value in self.settings.items() if key == "threads" and value},
             "system": platform.platform(),
             "versions": versions(),
             "settings": dict(self.settings),

@@ -163,19 +163,27 @@ def steps(setup: Setup, methods: Sequence[Method], settings: Settings, *, togeth
         return Step(setup, one, counts, slide_every=halfway, total_steps=total)
 
     builds: dict[str, Build] = {one.name: functools.partial(build, one) for one in methods}
-    measured = _measure(builds, settings, together, f"{setup.of.name}, steps")
+    turns = {one.name: one.turns for one in methods}
+    measured = _measure(builds, settings, together, f"{setup.of.name}, steps", turns)
     return [_step_row(one, counts, measured, setup) for one in methods], measured
 
 
-def _measure(builds: dict[str, Build], settings: Settings, together: bool, title: str) -> Measured:
+def _measure(
+    builds: dict[str, Build], settings: Settings, together: bool, title: str, turns: dict[str, int] | None = None
+) -> Measured:
     return measure(
-        builds, rounds=settings.rounds, warmup=settings.warmup, seed=settings.seed, together=together, title=title
+        builds,
+        rounds=settings.rounds,
+        warmup=settings.warmup,
+        seed=settings.seed,
+        together=together,
+        title=title,
+        turns=turns,
     )
 
 
 def _step_row(method: Method, counts: dict[str, Counts], measured: Measured, setup: Setup) -> Row:
-    turns = method.window or 1
-    count, own = counts.get(method.name), measured.cycles(method.name, turns)
+    count, own = counts.get(method.name), measured.cycles(method.name, method.turns)
     row: Row = {
         "method": method.name,
         "active": count and count.active,
@@ -184,11 +192,11 @@ def _step_row(method: Method, counts: dict[str, Counts], measured: Measured, set
         **_milliseconds(own),
     }
     for reference in REFERENCES:
-        row |= _ratio(own, measured.cycles(reference, turns), reference, measured.arrangement)
+        row |= _ratio(own, measured.cycles(reference, method.turns), reference, measured.arrangement)
     of = setup.of
     units, word = (of.batch * of.length, "tokens/s") if of.length else (of.batch, "examples/s")
     row[word] = units / statistics.median(own) if own else None
-    row["not measured"] = "" if own else measured.reason(method.name, turns)
+    row["not measured"] = "" if own else measured.reason(method.name)
     return row
 
 
@@ -276,7 +284,7 @@ def inference(
         own = measured.seconds.get(name)
         row = {"model": name, **_milliseconds(own)}
         row |= _ratio(own, measured.seconds.get(BASE), BASE, measured.arrangement)
-        rows.append(row | {"not measured": "" if own else measured.reason(name, 1)})
+        rows.append(row | {"not measured": "" if own else measured.reason(name)})
     return rows, measured
 
 

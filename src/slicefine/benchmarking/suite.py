@@ -81,14 +81,8 @@ def load_suite(
     Raises `SliceFineError` with every problem of every task.
     """
     path, overrides = Path(path), dict(overrides or {})
-    if path.is_dir():
-        found = _of_folder(path)
-    elif path.suffix in (".yaml", ".yml"):
-        found = _of_file(path)
-    else:
-        there = "neither a folder nor a YAML file" if path.exists() else "nothing there"
-        near = did_you_mean(path.name, [one.name for one in path.parent.glob("*")]) if path.parent.is_dir() else ""
-        raise SliceFineError(f"`--suite` is a folder of data sets or a YAML file; {path} is {there}.{near}")
+    raise_all(place_problems(path), "slicefine bench quality")
+    found = _of_folder(path) if path.is_dir() else _of_file(path)
     tasks, problems = [], []
     for name, content in found:
         try:
@@ -97,6 +91,20 @@ def load_suite(
             problems.append(str(error))
     raise_all(problems, f"Suite {path}")
     return tasks
+
+
+def place_problems(path: Path) -> list[str]:
+    """What is wrong with the place of a suite."""
+    if path.is_dir() or (_is_yaml(path) and path.is_file()):
+        return []
+    there = "neither a folder nor a YAML file" if path.exists() else "nothing there"
+    beside = [one.name for one in path.parent.glob("*") if one.is_dir() or _is_yaml(one)]
+    near = did_you_mean(path.name, beside)
+    return [f"`--suite` is a folder of data sets or a YAML file; {path} is {there}.{near}"]
+
+
+def _is_yaml(path: Path) -> bool:
+    return path.suffix in (".yaml", ".yml")
 
 
 def _task(

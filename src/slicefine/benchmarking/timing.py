@@ -70,11 +70,9 @@ class Measured:
         """Seconds of `name` over those of `of` on the same batches: round by round, or cycle by cycle."""
         return [a / b for a, b in zip(self.cycles(name, turns), self.cycles(of, turns), strict=False)]
 
-    def reason(self, name: str, turns: int) -> str:
+    def reason(self, name: str) -> str:
         """Why there are no seconds of whole cycles."""
-        if name in self.failed or self.interrupted:
-            return self.failed.get(name, "interrupted")
-        return f"none of its cycles of {turns} rounds was whole: {self.rounds} rounds, {self.arrangement}"
+        return self.failed.get(name, "interrupted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,14 @@ def seconds_of(run: Callable[[], object], device: str) -> float:
 
 
 def measure(
-    builds: Mapping[str, Build], *, rounds: int, warmup: int, seed: int, together: bool, title: str
+    builds: Mapping[str, Build],
+    *,
+    rounds: int,
+    warmup: int,
+    seed: int,
+    together: bool,
+    title: str,
+    turns: Mapping[str, int] | None = None,
 ) -> Measured:
     """Build and run everything; what fails is left out with its reason, and does not keep the others from being measured.
 
@@ -111,9 +116,14 @@ def measure(
 
     Args:
         title: What the progress bar says.
+        turns: Of those that do different work in each of so many rounds, which all have to fit in what is built once.
     """
     measured = Measured(arrangement=TOGETHER if together else IN_TURNS, rounds=rounds)
     parts = _parts(rounds, measured.arrangement)
+    for name, cycle in (turns or {}).items():
+        if cycle > len(parts[0]):
+            least = cycle if together else 2 * cycle - 1
+            measured.failed[name] = f"{cycle} turns, measured {measured.arrangement}, take `--rounds {least}` or more"
     steps = sum((len(part) + warmup) * len(builds) for part in parts)
     collecting = gc.isenabled()
     gc.disable()

@@ -120,7 +120,9 @@ def explain(error: ArgumentError) -> str | None:
         word = found[1].partition("=")[0]
         flags = sorted({flag for one in _parsers().values() for flag in re.findall(r"--[\w.-]+", one.format_help())})
         of_speed = " It is a flag of `slicefine bench speed`." if word.removeprefix("--") in OF_SPEED else ""
-        return f"There is no argument {word!r} here.{of_speed or did_you_mean(word, flags)} See --help."
+        own = word.replace("--slice.", "--")  # as recipes and `slicefine train` call it
+        near = f" Did you mean {own!r}?" if own in flags else did_you_mean(word, flags)
+        return f"There is no argument {word!r} here.{of_speed or near} See --help."
     if found := re.search(
         r"""Parser key "(\w+)".*Expected a <class '(int|float)'>. Got value: (.*)\Z""", text, re.DOTALL
     ):

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from slicefine.benchmarking.methods import PATTERNS
 from slicefine.benchmarking.quality_settings import TRAINED, QualitySettings
-from slicefine.benchmarking.suite import settable
+from slicefine.benchmarking.suite import LEAST_STEPS, settable
 from slicefine.benchmarking.variants import CHOICES, EIGHTH
 from slicefine.cli.page import write_page
 from slicefine.cli.quiet import quiet
@@ -65,7 +65,7 @@ def parser() -> ArgumentParser:
         type=int,
         default=QualitySettings.steps,
         metavar="N",
-        help="Optimizer steps of a final run, where the suite does not say it",
+        help=f"Optimizer steps of a final run, at least {LEAST_STEPS}, where the suite does not say it",
     )
     made.add_argument(
         "--grid_steps",

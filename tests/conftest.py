@@ -6,11 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from hypothesis import settings
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # a shell's background job, in which tests of Ctrl-C would wait for ever
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# The same examples on every machine, every time.
+settings.register_profile("slicefine", derandomize=True)
+settings.load_profile("slicefine")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -69,7 +69,7 @@ def test_identical_groups_are_balanced(rows: int, across: int, count: int, seed:
     assert found.decay_distance == pytest.approx(0, abs=1e-12)
 
 
-@given(count=st.integers(2, 12), factor=st.floats(0, 100), seed=seeds)
+@given(count=st.integers(2, 12), factor=st.just(0.0) | st.floats(1e-100, 100), seed=seeds)  # whose square is above 0
 @settings(max_examples=50, deadline=None)
 def test_rho_grows_in_a_known_way_when_one_group_is_scaled(count: int, factor: float, seed: int) -> None:
     """Energies 1, ..., 1, s^2: rho = k (s^2 - 1)^2 / (k - 1 + s^2)^2, at most k."""

@@ -28,6 +28,7 @@ from slicefine.benchmarking.timing import Measured, reason
 from slicefine.benchmarking.variants import Variant, unmoved
 from slicefine.errors import SliceFineError, by_text, raise_all
 from slicefine.training.hub import model_problem
+from slicefine.training.precision import bf16_notes
 from slicefine.training.record import versions
 from slicefine.training.tasks import Prepared
 
@@ -227,6 +228,8 @@ class _Runs:
             if settings.rounds
             else ""
         )
+        for note in next(filter(None, (bf16_notes(task.recipe) for task in self._found.tasks)), []):
+            self.progress.say(note)
         for (task, name), why in self._found.failed.items():
             self.progress.say(f"{task}, {name}: {why}")
         least = "at least " if settings.extend else ""

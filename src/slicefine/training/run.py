@@ -33,6 +33,7 @@ from slicefine.training import record as records
 from slicefine.training.callback import SliceFineCallback
 from slicefine.training.checked import CheckedTrainer
 from slicefine.training.hub import model_problem
+from slicefine.training.precision import bf16_notes
 from slicefine.training.preflight import preflight
 from slicefine.training.progress import Interrupt, SliceFineProgress, StepTimer
 from slicefine.training.recipe import Recipe
@@ -75,7 +76,7 @@ def train(recipe: Recipe, *, resume: bool = False, allow_inexact_resume: bool = 
 
     transformers.set_seed(recipe.training.seed)
     prepared = task.prepare(recipe, examples)
-    prepared.notes.extend(_few_cores(recipe))
+    prepared.notes.extend([*_few_cores(recipe), *bf16_notes(recipe)])
     for note in prepared.notes:
         print(note, file=sys.stderr)
     model = _attach(prepared, config, task)

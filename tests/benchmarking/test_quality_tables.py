@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from slicefine.benchmarking import quality_tables
+from slicefine.benchmarking import quality_intervals, quality_tables
 from slicefine.benchmarking.cells import Cell, Outcome
 from slicefine.benchmarking.methods import method
 from slicefine.benchmarking.quality import Comparison
@@ -152,9 +152,9 @@ def test_of_models_of_two_sizes_both_numbers_are_given(found):
 
 def test_other_examples_of_one_task_are_drawn_apart_from_those_of_another(found):
     """Two tasks that trend alike by the place of an example: were the same places drawn in both, the mean would vary as one."""
-    one, two = (quality_tables._draws(tuple(LABELS), (0,) * 100, "accuracy", 1, name) for name in ("one", "two"))
+    one, two = (quality_intervals._draws(tuple(LABELS), (0,) * 100, "accuracy", 1, name) for name in ("one", "two"))
     assert abs(np.corrcoef(one, two)[0, 1]) < 0.1
-    assert (quality_tables._draws(tuple(LABELS), (0,) * 100, "accuracy", 1, "one") == one).all()
+    assert (quality_intervals._draws(tuple(LABELS), (0,) * 100, "accuracy", 1, "one") == one).all()
 
 
 def test_a_depth_window_is_timed_by_whole_turns(found):

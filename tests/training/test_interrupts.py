@@ -15,7 +15,7 @@ from slicefine.training.interrupts import not_swallowed
 def swallowing() -> str:
     try:
         signal.raise_signal(signal.SIGINT)
-    except:  # noqa: E722
+    except:  # noqa: E722 -- everything, as `datasets` does
         return "swallowed"
     return "no signal"
 

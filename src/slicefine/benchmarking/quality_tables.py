@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import statistics
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from slicefine.benchmarking.cells import Outcome
 from slicefine.benchmarking.methods import REFERENCE
 from slicefine.benchmarking.models import CAUSAL_LM
 from slicefine.benchmarking.quality import Comparison
+from slicefine.benchmarking.quality_intervals import RESAMPLES, Interval, over_seeds, resampled
 from slicefine.benchmarking.results import Row, Table
 from slicefine.benchmarking.suite import QualityTask
 from slicefine.benchmarking.timing import TOGETHER
@@ -24,8 +21,6 @@ from slicefine.training.metrics import METRICS
 from slicefine.training.named import NAMED
 
 LOSS = "loss"
-Interval = tuple[float, float]
-RESAMPLES = 1000
 LOWER = (LOSS, "mse", "perplexity")
 """Scores of which less is better; they are no shares, and stay as they are."""
 
@@ -189,7 +184,7 @@ def _against(tasks: Tasks) -> Table:
         if name == REFERENCE or not both:
             continue
         differences = [ours[seed] - theirs[seed] for seed in both]
-        of_examples, of_seeds = _interval(tasks, name, both), _interval_of_seeds(differences)
+        of_examples, of_seeds = _interval(tasks, name, both), over_seeds(differences)
         row: Row = {
             "method": name,
             f"mean score - {REFERENCE}": statistics.fmean(differences),
@@ -223,14 +218,6 @@ def _verdict(tasks: Tasks, *intervals: Interval | None) -> str | None:
     return "level"
 
 
-def _interval_of_seeds(differences: Sequence[float]) -> Interval | None:
-    if len(differences) < 2:
-        return None
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    reach = float(stats.t.ppf(0.975, len(differences) - 1)) * error
-    return mean - reach, mean + reach
-
-
 def _interval(tasks: Tasks, name: str, seeds: Sequence[int]) -> Interval | None:
     """Ends of the bootstrap interval of the difference of means over `seeds`; None where a task keeps no predictions."""
     drawn = []
@@ -240,25 +227,10 @@ def _interval(tasks: Tasks, name: str, seeds: Sequence[int]) -> Interval | None:
         runs = [[of[seed] for seed in seeds] for of in of_both]
         if metric not in METRICS or any(not outcome.predicted for side in runs for outcome in side):
             return None
-        ours, theirs = (_resampled(side, metric, positive(tasks.found, task), task.name) for side in runs)
+        ours, theirs = (resampled(side, metric, positive(tasks.found, task), task.name) for side in runs)
         drawn.append(points(metric, 1) * (ours - theirs))
     low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
     return float(low), float(high)
-
-
-def _resampled(outcomes: Sequence[Outcome], metric: str, positive: int, task: str) -> np.ndarray:
-    every = [_draws(tuple(o.labels), tuple(o.predicted), metric, positive, task) for o in outcomes]
-    return np.mean(every, axis=0)
-
-
-@functools.lru_cache(maxsize=4096)  # tables are made anew whenever a run is finished
-def _draws(
-    labels: tuple[float, ...], predicted: tuple[float, ...], metric: str, positive: int, task: str
-) -> np.ndarray:
-    known, found, score = np.asarray(labels), np.asarray(predicted), METRICS[metric]
-    # Both sides and all seeds of a task are given the same draws, and every task its own.
-    draws = np.random.default_rng(zlib.crc32(task.encode())).integers(len(known), size=(RESAMPLES, len(known)))
-    return np.array([score(known[draw], found[draw], positive) for draw in draws])
 
 
 def positive(found: Comparison, task: QualityTask) -> int:

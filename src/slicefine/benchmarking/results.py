@@ -47,12 +47,13 @@ class Report:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        threads = self.settings.get("threads")  # of its runs, which may be processes of their own
         self.provenance = {
             "command": self.command,
             "seed": self.settings["seed"],
             "started": now(),
             "commit": commit(),
-            "hardware": hardware() | {key: value for key, value in self.settings.items() if key == "threads" and value},
+            "hardware": hardware() | ({"threads": threads} if threads else {}),
             "system": platform.platform(),
             "versions": versions(),
             "settings": dict(self.settings),
